@@ -1,0 +1,16 @@
+"""Registers the embedded world."""
+
+from __future__ import annotations
+
+from unigrpo_board import prompts, rewards
+from unigrpo_core.plugin import Providers, hookimpl
+
+
+@hookimpl
+def unigrpo_prompts() -> Providers:
+    yield prompts.PROVIDER
+
+
+@hookimpl
+def unigrpo_rewards() -> Providers:
+    yield rewards.PROVIDER

@@ -1,0 +1,53 @@
+"""The methods of the paper and their alternatives, one file each; light until one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from unigrpo_core.plugin import Provider, hookimpl
+from unigrpo_methods.advantages import group_norm
+from unigrpo_methods.guidance import cfg, none
+from unigrpo_methods.objectives import flow_grpo, grpo
+from unigrpo_methods.regularizers import latent_kl, text_kl, velocity_mse
+from unigrpo_methods.schedulers import flow_sde, ode
+from unigrpo_methods.windows import fixed, random
+
+
+@hookimpl
+def unigrpo_text_objectives() -> Iterator[Provider]:
+    yield grpo.PROVIDER
+
+
+@hookimpl
+def unigrpo_image_objectives() -> Iterator[Provider]:
+    yield flow_grpo.PROVIDER
+
+
+@hookimpl
+def unigrpo_schedulers() -> Iterator[Provider]:
+    yield flow_sde.PROVIDER
+    yield ode.PROVIDER
+
+
+@hookimpl
+def unigrpo_windows() -> Iterator[Provider]:
+    yield fixed.PROVIDER
+    yield random.PROVIDER
+
+
+@hookimpl
+def unigrpo_guidance() -> Iterator[Provider]:
+    yield none.PROVIDER
+    yield cfg.PROVIDER
+
+
+@hookimpl
+def unigrpo_regularizers() -> Iterator[Provider]:
+    yield velocity_mse.PROVIDER
+    yield latent_kl.PROVIDER
+    yield text_kl.PROVIDER
+
+
+@hookimpl
+def unigrpo_advantages() -> Iterator[Provider]:
+    yield group_norm.PROVIDER

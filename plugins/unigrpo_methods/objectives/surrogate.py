@@ -1,0 +1,40 @@
+"""PPO's clipped surrogate, shared by the two GRPO objectives.
+
+Mathematics
+    With ratio = 1 + e and A the advantage, min(ratio A, clip(ratio, 1 - c, 1 + c) A) equals
+    A + min(e A, clip(e, -c, c) A).
+
+Convention
+    e = expm1(log-ratio) is carried instead of the ratio: a float32 ratio near 1 has steps of 1e-7,
+    a tenth of the paper's clip range of 1e-6, while e keeps all its digits and is compared with c
+    itself. The log-ratio is limited to +-20 before expm1, so that a branch that is not chosen
+    cannot overflow and turn the gradient into NaN; beyond it the gradient is 0 and
+    ``ratio_deviation`` shows it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, clip_range: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss -min(ratio A, clip(ratio) A) per element, and without gradient
+
+    - ``clip_fraction``: 1 where the clipped branch was chosen, so where the gradient stops, else 0;
+    - ``ratio_deviation``: |ratio - 1|.
+    """
+    change = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).expm1()
+    gain = change * advantages
+    clipped = change.clamp(-clip_range, clip_range) * advantages
+    values = -(advantages + gain.minimum(clipped))
+    return values, {
+        "clip_fraction": (clipped < gain).to(values.dtype),
+        "ratio_deviation": change.detach().abs(),
+    }

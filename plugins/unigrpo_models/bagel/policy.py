@@ -1,0 +1,272 @@
+"""BAGEL as a policy: it writes and it draws over one history."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unigrpo_core.errors import UserError
+from unigrpo_core.interfaces import History, ImageFlowPolicy, TextPolicy
+from unigrpo_core.keys import Key, uniforms
+from unigrpo_core.plugin import Placement
+from unigrpo_core.records import Prompt, Sampling, TextSegment
+from unigrpo_models.bagel.config import BagelConfig
+from unigrpo_models.bagel.history import BagelHistory, empty_history
+from unigrpo_models.bagel.latents import latent_shape, unpatchify
+from unigrpo_models.bagel.network import BagelNetwork, Layer
+from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
+from unigrpo_models.bagel.tokens import Codec, pad
+from unigrpo_models.sampling import draw_tokens, scaled_logits
+from unigrpo_models.weights import WeightSets
+
+WEIGHTS = "ema.safetensors"
+COMPANIONS = (
+    *("llm_config.json", "vit_config.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+Names = Literal["current", "reference", "old"]
+
+
+class BagelPolicy(TextPolicy, ImageFlowPolicy):
+    """See :mod:`unigrpo_models.bagel.network` for the architecture and the shapes.
+
+    The text expert owns the understanding weights, the embeddings and the head; the image expert
+    the ``_moe_gen`` weights, the time embedder and the latent projections.
+    """
+
+    def __init__(self, network: BagelNetwork, codec: Codec, folder: Path, place: Placement) -> None:
+        self.network = network
+        self.codec = codec
+        self.folder = folder
+        self.place = place
+        self._root = ReplayRoot(network, codec, place.compute)
+        experts = self.parameters()
+        for expert, owned in experts.items():
+            for parameter in owned.values():
+                parameter.requires_grad_(expert in place.train)
+        self._sets = WeightSets(
+            {name: p for expert in sorted(place.train) for name, p in experts[expert].items()}
+        )
+        self._allowed = codec.allowed(place.device)
+
+    @property
+    def root(self) -> nn.Module:
+        return self._root
+
+    def parameters(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
+        experts: dict[str, dict[str, nn.Parameter]] = {"text": {}, "image": {}}
+        for name, parameter in self._root.named_parameters():
+            if "_pos_embed" not in name:
+                experts["image" if _is_image(name) else "text"][name] = parameter
+        return experts
+
+    def keep(self, name: Literal["reference", "old"]) -> None:
+        self._sets.keep(name)
+
+    def weights(self, name: Names) -> AbstractContextManager[None]:
+        return self._sets.use(name)
+
+    def wrap_units(self) -> tuple[type[nn.Module], ...]:
+        return (Layer,)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.network.state_dict()
+        state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        if folder.resolve() == self.folder.resolve():
+            return
+        for name in COMPANIONS:
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
+
+    def load(self, folder: Path) -> None:
+        self.network.load_state_dict(read_weights(folder, self.network, self.place.device))
+
+    # --- sampling -----------------------------------------------------------------------------
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        return len(self.codec.context(prompt))
+
+    @torch.inference_mode()
+    def open(self, prompts: Sequence[Prompt]) -> BagelHistory:
+        rows = [self.codec.context(prompt) for prompt in prompts]
+        with self._autocast():
+            _, caches = self.network.text(pad(rows, self.codec.eos, self.place.device))
+        return BagelHistory(tuple(caches), tuple(len(row) for row in rows))
+
+    @torch.inference_mode()
+    def branches(self, history: History, names: Sequence[str]) -> Mapping[str, BagelHistory]:
+        return {name: self._unconditional(name, len(history)) for name in names}
+
+    def _unconditional(self, name: str, rows: int) -> BagelHistory:
+        if name != "text":
+            raise UserError(f'bagel has no unconditional context {name!r}; it has "text"')
+        if not self.codec.system:
+            return empty_history(self.network.config.llm, rows, self.place.device)
+        with self._autocast():
+            _, caches = self.network.text(
+                torch.tensor([self.codec.system] * rows, device=self.place.device)
+            )
+        return BagelHistory(tuple(caches), (len(self.codec.system),) * rows)
+
+    @torch.no_grad()
+    def write(
+        self, history: History, sampling: Sampling, keys: Sequence[Key]
+    ) -> tuple[TextSegment, BagelHistory]:
+        assert isinstance(history, BagelHistory)
+        rows, limit, device = len(history), sampling.max_tokens, self.place.device
+        longest = max(history.lengths) + limit + 2  # the thought between [bos] and [eos]
+        if longest > self.codec.max_length:
+            raise UserError(
+                f"a prompt of {max(history.lengths)} tokens and a thought of {limit} take a "
+                f"context of {longest}; the model's ends at {self.codec.max_length}: lower "
+                "text.max_tokens"
+            )
+        uniform = uniforms([key.child("token") for key in keys], limit, device)
+        grown = history.grown(longest)
+        caches = list(grown.caches)
+        lengths = torch.tensor(history.lengths, device=device)
+        visible = torch.arange(longest, device=device) < lengths[:, None]
+        padding = torch.zeros(rows, 1, 1, longest, device=device)
+        padding.masked_fill_(~visible[:, None, None], float("-inf"))
+        tokens = torch.full((rows, limit), self.codec.eos, device=device)
+        mask = torch.zeros(rows, limit, dtype=torch.bool, device=device)
+        logps = torch.zeros(rows, limit, device=device)
+        each = torch.arange(rows, device=device)
+        feed = torch.full((rows,), self.codec.bos, device=device)
+        active = torch.ones(rows, dtype=torch.bool, device=device)
+        closing = torch.zeros_like(active)
+        width = max(history.lengths)
+        for turn in range(limit + 2):
+            width += 1
+            padding[each, 0, 0, lengths] = torch.where(active, 0.0, float("-inf"))
+            with self._autocast():
+                hidden = self.network.step(feed, lengths, caches, padding[..., :width])
+                logits = self.network.language_model.lm_head(hidden)
+            lengths = lengths + active
+            active = active & ~closing
+            if not bool(active.any()):
+                break
+            if turn == limit:  # cut off: the text is closed by an end that is not scored
+                feed = torch.full_like(feed, self.codec.eos)
+                closing = active
+                continue
+            logits = scaled_logits(logits, self._allowed, sampling.temperature)
+            drawn = draw_tokens(logits, uniform[:, turn])
+            feed = torch.where(active, drawn, self.codec.eos)
+            closing = active & (feed == self.codec.eos)
+            tokens[:, turn], mask[:, turn] = feed, active
+            chosen = logits.gather(1, feed[:, None])[:, 0] - logits.logsumexp(1)
+            logps[:, turn] = torch.where(active, chosen, 0.0)
+        used = int(mask.sum(1).max())
+        tokens, mask, logps = tokens[:, :used], mask[:, :used], logps[:, :used]
+        texts = tuple(
+            self.codec.decode([i for i, sampled in zip(row, kept, strict=True) if sampled])
+            for row, kept in zip(tokens.tolist(), mask.tolist(), strict=True)
+        )
+        return TextSegment(tokens, mask, logps, texts), grown.trimmed(tuple(lengths.tolist()))
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        return latent_shape(self.network.config.latent, size)
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        height, width, _ = latent_shape(self.network.config.latent, size)
+        return height * width + 2
+
+    def time_shift(self, size: tuple[int, int]) -> float:
+        return self.network.config.latent.time_shift
+
+    @torch.inference_mode()
+    def velocity(self, history: History, x_t: Tensor, t: Tensor) -> Tensor:
+        assert isinstance(history, BagelHistory)
+        with self._autocast():
+            return image_velocity(
+                self.network, self.codec, x_t, t, list(history.caches), list(history.lengths)
+            )
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        return (unpatchify(self.network.config.latent, latents) * 0.5 + 0.5).clamp(0, 1)
+
+    def _autocast(self) -> torch.autocast:
+        compute = self.place.compute
+        return torch.autocast(self.place.device.type, compute, enabled=compute != torch.float32)
+
+
+def _is_image(name: str) -> bool:
+    return "_moe_gen" in name or any(
+        part in name for part in ("time_embedder", "vae2llm", "llm2vae")
+    )
+
+
+def load_bagel(folder: Path, system_prompt: str, place: Placement) -> BagelPolicy:
+    """The policy of a checkpoint folder.
+
+    Raises:
+        UserError: the folder is no checkpoint of this layout, or a tensor is missing, unexpected
+            or misshapen.
+    """
+    config = BagelConfig.read(folder)
+    if config.latent.space != "pixels":
+        raise UserError(
+            f"{folder}: images in the latents of the {config.latent.space} autoencoder are not "
+            "supported yet, only pixels are"
+        )
+    llm = config.llm
+    codec = Codec.read(folder, llm.vocab_size, llm.max_position_embeddings, system_prompt)
+    with torch.device("meta"):
+        network = BagelNetwork(config)
+    network.load_state_dict(read_weights(folder, network, place.device), assign=True)
+    return BagelPolicy(network, codec, folder, place)
+
+
+def read_weights(folder: Path, network: BagelNetwork, device: torch.device) -> dict[str, Tensor]:
+    """The float32 weights in a folder, every one that the network has and no other.
+
+    Raises:
+        UserError: the file is missing or damaged, or a tensor is missing, unexpected or misshapen.
+    """
+    path = folder / WEIGHTS
+    try:
+        state = load_file(path, device=str(device))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no {WEIGHTS}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    _check(path, network, state)
+    return {name: x.float() for name, x in state.items()}
+
+
+def _check(path: Path, network: BagelNetwork, state: Mapping[str, Tensor]) -> None:
+    wanted = {name: tuple(x.shape) for name, x in network.state_dict().items()}
+    found = {name: tuple(x.shape) for name, x in state.items()}
+    problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"{name} is {found[name]}, expected {wanted[name]}"
+        for name in sorted(wanted.keys() & found.keys())
+        if wanted[name] != found[name]
+    ]
+    if problems:
+        listed = "\n  ".join(problems[:8])
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{path} does not fit its llm_config.json:\n  {listed}{more}")
+
+
+def write_config(folder: Path, config: BagelConfig) -> None:
+    """Writes ``llm_config.json`` and ``config.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "llm_config.json").write_text(config.llm.model_dump_json(indent=2) + "\n")
+    extra = {"latent": config.latent.model_dump()}
+    (folder / "config.json").write_text(json.dumps(extra, indent=2) + "\n")

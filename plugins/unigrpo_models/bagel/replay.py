@@ -1,0 +1,123 @@
+"""The one gradient path: the trainer's pass over a replay batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unigrpo_core.records import Replay, ReplayBatch
+from unigrpo_models.bagel.history import empty_history
+from unigrpo_models.bagel.network import BagelNetwork, LayerCache
+from unigrpo_models.bagel.tokens import Codec, pad, padding_mask
+from unigrpo_models.sampling import scaled_logits
+
+
+class ReplayRoot(nn.Module):
+    """The trainable root. Text runs causally in one stream; every image point is a row of its own
+    over its text's keys and values: the shapes of the sampler's calls."""
+
+    def __init__(self, network: BagelNetwork, codec: Codec, compute: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.codec = codec
+        self.compute = compute
+
+    def forward(self, batch: ReplayBatch) -> Replay:
+        device = batch.tokens.device
+        with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
+            contexts = [self.codec.context(prompt) for prompt in batch.prompts]
+            rows = [
+                context + self._thought(tokens, mask)
+                for context, tokens, mask in zip(
+                    contexts, batch.tokens.tolist(), batch.mask.tolist(), strict=True
+                )
+            ]
+            hidden, caches = self.network.text(pad(rows, self.codec.eos, device))
+            logps = self._logps(batch, [len(context) for context in contexts], hidden)
+            if batch.x_t is None or batch.t is None:
+                return Replay(logps, None, {})
+            lengths = [len(row) for row in rows]
+            velocities = self._velocities(batch, caches, lengths)
+            branches = {name: self._branch(batch, name) for name in batch.branches}
+        return Replay(logps, velocities, branches)
+
+    def _thought(self, tokens: list[int], mask: list[bool]) -> list[int]:
+        """The sampled thought as it stands in the sampler's cache: closed if it was cut off."""
+        if not mask:
+            return []
+        ids = [token for token, sampled in zip(tokens, mask, strict=True) if sampled]
+        closing = [] if ids and ids[-1] == self.codec.eos else [self.codec.eos]
+        return [self.codec.bos, *ids, *closing]
+
+    def _logps(self, batch: ReplayBatch, starts: list[int], hidden: Tensor) -> Tensor:
+        if not batch.want_logps:
+            return torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        # Token j of a thought is predicted at the place before it; [bos] stands at its start.
+        place = torch.tensor(starts)[:, None] + torch.arange(batch.tokens.shape[1])
+        place = place.clamp(max=hidden.shape[1] - 1).to(hidden.device)
+        hidden = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
+        logits = scaled_logits(
+            self.network.language_model.lm_head(hidden),
+            self.codec.allowed(hidden.device),
+            batch.temperature,
+        )
+        chosen = logits.gather(2, batch.tokens[..., None])[..., 0]
+        logps = chosen - logits.logsumexp(2)
+        return torch.where(batch.mask, logps, 0.0)
+
+    def _velocities(
+        self, batch: ReplayBatch, caches: list[LayerCache], lengths: list[int]
+    ) -> Tensor:
+        assert batch.x_t is not None
+        assert batch.t is not None
+        points = batch.x_t.shape[1]
+        if not batch.context_gradient:
+            caches = [(k.detach(), v.detach()) for k, v in caches]
+        spread = [tuple(x.repeat_interleave(points, 0) for x in cache) for cache in caches]
+        v = image_velocity(
+            self.network,
+            self.codec,
+            batch.x_t.flatten(0, 1),
+            batch.t.flatten(),
+            spread,  # type: ignore[arg-type]
+            [length for length in lengths for _ in range(points)],
+            frozen=not batch.context_gradient,
+        )
+        return v.view(batch.x_t.shape)
+
+    def _branch(self, batch: ReplayBatch, name: str) -> Tensor:
+        """Velocities over the unconditional context: the system prompt alone."""
+        assert name == "text", name
+        rows, device, system = len(batch.prompts), batch.tokens.device, self.codec.system
+        if system:
+            _, caches = self.network.text(torch.tensor([system] * rows, device=device))
+        else:
+            caches = list(empty_history(self.network.config.llm, rows, device).caches)
+        return self._velocities(batch, caches, [len(system)] * rows)
+
+
+def image_velocity(
+    network: BagelNetwork,
+    codec: Codec,
+    x_t: Tensor,
+    t: Tensor,
+    caches: list[LayerCache],
+    lengths: list[int],
+    *,
+    frozen: bool = False,
+) -> Tensor:
+    """Velocities [R, h, w, token] over text caches of the given lengths: what the sampler and the
+    trainer both call."""
+    device, (height, width) = x_t.device, x_t.shape[1:3]
+    padding = padding_mask(lengths, caches[0][0].shape[2], height * width + 2, device)
+    v = network.velocity(
+        x_t.flatten(1, 2),
+        t,
+        network.table_rows(height, width),
+        torch.tensor([[codec.image_start, codec.image_end]], device=device),
+        torch.tensor(lengths, device=device),
+        caches,
+        padding,
+        frozen=frozen,
+    )
+    return v.view(x_t.shape)

@@ -1,0 +1,119 @@
+"""BAGEL's text conventions: no chat template; every piece of text is ``[bos] ids [eos]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from unigrpo_core.errors import UserError
+from unigrpo_core.records import Prompt
+
+SPECIAL = {
+    "bos": "<|im_start|>",
+    "eos": "<|im_end|>",
+    "image_start": "<|vision_start|>",
+    "image_end": "<|vision_end|>",
+}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Text to ids and back, with the special tokens looked up by name."""
+
+    tokenizer: Any
+    vocab_size: int
+    max_length: int
+    system: tuple[int, ...]
+    bos: int
+    eos: int
+    image_start: int
+    image_end: int
+
+    @classmethod
+    def read(cls, folder: Path, vocab_size: int, max_length: int, system_prompt: str) -> Codec:
+        """The codec of a checkpoint folder.
+
+        Raises:
+            UserError: no tokenizer, or one without the special tokens.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} has no tokenizer that loads: {error}") from error
+        vocab = tokenizer.get_vocab()
+        missing = [word for word in SPECIAL.values() if word not in vocab]
+        if missing:
+            raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}")
+        special = {name: vocab[word] for name, word in SPECIAL.items()}
+        codec = cls(tokenizer, vocab_size, max_length, (), **special)
+        if not system_prompt:
+            return codec
+        return cls(tokenizer, vocab_size, max_length, tuple(codec.wrap(system_prompt)), **special)
+
+    def wrap(self, text: str) -> list[int]:
+        """``[bos] ids [eos]``.
+
+        Raises:
+            UserError: the text has words that the tokenizer does not know.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids:
+            words = [w for w in text.split() if self.tokenizer.convert_tokens_to_ids(w) == unknown]
+            known = [w for w in self.tokenizer.get_vocab() if not w.startswith("<")]
+            raise UserError(
+                f"the model does not know {', '.join(map(repr, words)) or repr(text)}; "
+                f"its words are: {' '.join(sorted(known))}"
+            )
+        return [self.bos, *ids, self.eos]
+
+    def context(self, prompt: Prompt) -> list[int]:
+        """System prompt and prompt.
+
+        Raises:
+            UserError: unknown words, or longer than the model's context.
+        """
+        ids = [*self.system, *self.wrap(prompt.text)]
+        if len(ids) >= self.max_length:
+            raise UserError(
+                f"prompt {prompt.id!r} takes {len(ids)} tokens, but the model's context ends at "
+                f"{self.max_length}: {prompt.text[:80]!r}"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode([i for i in ids if i != self.eos])).strip()
+
+    def allowed(self, device: torch.device) -> Tensor:
+        """bool [V]: what may be sampled: every ordinary token, and the end of the text."""
+        mask = torch.zeros(self.vocab_size, dtype=torch.bool)
+        mask[: len(self.tokenizer)] = True
+        mask[[*self.tokenizer.all_special_ids, self.bos, self.image_start, self.image_end]] = False
+        mask[self.eos] = True
+        return mask.to(device)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """int64 [B, L], padded on the right."""
+    width = max((len(row) for row in rows), default=0)
+    padded = [[*row, *[value] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64, device=device).view(len(rows), width)
+
+
+def padding_mask(
+    lengths: Sequence[int], width: int, extra: int, device: torch.device
+) -> Tensor | None:
+    """Additive float32 [B, 1, 1, width + extra] that hides the slots from each length to
+    ``width``; None if nothing is hidden."""
+    if all(length == width for length in lengths):
+        return None
+    hidden = torch.arange(width)[None] >= torch.tensor(lengths)[:, None]
+    mask = torch.zeros(len(lengths), 1, 1, width + extra)
+    mask[:, 0, 0, :width].masked_fill_(hidden, float("-inf"))
+    return mask.to(device)

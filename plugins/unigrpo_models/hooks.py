@@ -1,0 +1,11 @@
+"""Registers the policies."""
+
+from __future__ import annotations
+
+from unigrpo_core.plugin import Providers, hookimpl
+from unigrpo_models.bagel import provider
+
+
+@hookimpl
+def unigrpo_policies() -> Providers:
+    yield provider.PROVIDER

@@ -1,0 +1,41 @@
+"""Kept copies of trainable weights: a frozen reference, or the weights of the rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightSets:
+    """Copies of parameters by name. Swapping exchanges storage, so nothing is rounded or copied,
+    and the module computes with the kept weights wherever it is wrapped."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+        self._kept: dict[str, dict[str, Tensor]] = {}
+
+    def keep(self, name: str) -> None:
+        self._kept[name] = {key: p.detach().clone() for key, p in self._parameters.items()}
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Computes with the weights kept under ``name``; "current" changes nothing."""
+        if name == "current":
+            yield
+            return
+        if name not in self._kept:
+            raise KeyError(f"no weights were kept as {name!r}; there are {sorted(self._kept)}")
+        self._swap(name)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._swap(name)
+
+    def _swap(self, name: str) -> None:
+        kept = self._kept[name]
+        for key, parameter in self._parameters.items():
+            parameter.data, kept[key] = kept[key], parameter.data

@@ -1,0 +1,71 @@
+"""Guidance: the interval's edges, and velocities left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from unigrpo_methods.guidance import cfg, none
+
+V = torch.tensor([[[1.0, 2.0], [0.1, 0.7], [3.0, 5.0]]])
+BRANCHES = {"text": torch.tensor([[[0.0, 4.0], [0.3, 0.9], [float("nan")] * 2]])}
+
+
+def test_cfg_extrapolates_inside_its_interval_only() -> None:
+    guidance = cfg.build(cfg.CFGOptions(scale=3.0, interval=(0.4, 0.9)))
+    t = torch.tensor([[0.9, 0.5, 0.4]])
+    assert guidance.branches == ("text",)
+    assert guidance.active(t).tolist() == [[True, True, False]]
+    assert guidance.active(torch.tensor([0.9001, 0.4001, 0.0, 1.0])).tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    combined = guidance.combine(V, BRANCHES, t)
+    torch.testing.assert_close(combined[0, 0], torch.tensor([3.0, -2.0]))
+    torch.testing.assert_close(combined[0, 1], torch.tensor([-0.3, 0.3]))
+    assert torch.equal(combined[0, 2], V[0, 2])
+
+
+def test_the_default_interval_holds_every_time_a_step_starts_from() -> None:
+    guidance = cfg.build(cfg.CFGOptions())
+    assert guidance.active(torch.tensor([1.0, 0.01, 0.0])).tolist() == [True, True, False]
+
+
+def test_scale_one_is_off_and_scale_zero_unconditional() -> None:
+    t = torch.full((1, 3), 0.5)
+    off = cfg.build(cfg.CFGOptions(scale=1))
+    assert not off.active(t).any()
+    assert off.combine(V, BRANCHES, t) is not None
+    assert torch.equal(off.combine(V, BRANCHES, t), V)
+    blind = cfg.build(cfg.CFGOptions(scale=0)).combine(V, BRANCHES, t)
+    assert torch.equal(blind[:, :2], BRANCHES["text"][:, :2])
+
+
+def test_none_is_the_identity() -> None:
+    guidance = none.build(none.NoGuidanceOptions())
+    t = torch.tensor([[1.0, 0.5, 0.1]])
+    active = guidance.active(t)
+    assert guidance.branches == ()
+    assert active.dtype == torch.bool
+    assert active.shape == t.shape
+    assert not active.any()
+    assert guidance.combine(V, {}, t) is V
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scale": -1.0}, "scale"),
+        ({"interval": (0.5, 0.5)}, "0 <= lo < hi <= 1"),
+        ({"interval": (-0.1, 1.0)}, "0 <= lo < hi <= 1"),
+        ({"interval": (0.0, 1.1)}, "0 <= lo < hi <= 1"),
+        ({"renorm": True}, "renorm"),
+    ],
+)
+def test_wrong_options(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        cfg.CFGOptions.model_validate(given)
+    with pytest.raises(ValidationError, match="scale"):
+        none.NoGuidanceOptions.model_validate({"scale": 1.0})

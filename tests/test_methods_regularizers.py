@@ -1,0 +1,122 @@
+"""Regularizers against independent formulas; exactly 0 at the anchor; gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from unigrpo_methods.regularizers import latent_kl, text_kl, velocity_mse
+from unigrpo_methods.schedulers import flow_sde
+
+from unigrpo_core.records import FlowStep, TokenStep
+
+SDE = flow_sde.build(flow_sde.FlowSDEOptions())
+
+
+def flow_step(v: Tensor, v_anchor: Tensor) -> FlowStep:
+    """Steps from t = .8 and .5 by .2, noise level .8, for velocities [B, 2, *]."""
+    x_t = torch.linspace(-1, 1, v.numel(), dtype=v.dtype).reshape(v.shape)
+    t = torch.tensor([[0.8, 0.5]], dtype=v.dtype).expand(len(v), 2)
+    points = (x_t, t, t - 0.2, torch.full_like(t, 0.8))
+    return FlowStep(
+        v=v,
+        v_anchor=v_anchor,
+        x_t=x_t,
+        t=t,
+        t_next=t - 0.2,
+        transition=SDE.transition(v, *points),
+        transition_anchor=SDE.transition(v_anchor, *points),
+    )
+
+
+def velocities(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    v, gap = torch.randn(2, 3, 2, 4, 5, generator=generator, dtype=dtype)
+    return v, v + 0.1 * gap
+
+
+def test_velocity_mse_is_a_mean_of_squares() -> None:
+    v = torch.tensor([[[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]])
+    anchor = torch.tensor([[[1.0, 4.0, 2.0], [3.0, 0.0, 0.0]]])
+    penalty = velocity_mse.build(velocity_mse.VelocityMSEOptions())
+    torch.testing.assert_close(penalty(flow_step(v, anchor)), torch.tensor([[5 / 3, 3.0]]))
+
+
+def test_latent_kl_is_that_of_the_normal_distributions() -> None:
+    step = flow_step(*velocities())
+    # sigma^2 dt by hand: .64 * .8 / .2 * .2 and .64 * .5 / .5 * .2
+    std = torch.tensor([0.512, 0.128]).double().sqrt().reshape(1, 2, 1, 1)
+    new, anchor = (
+        torch.distributions.Normal(side.mean, std.expand_as(side.mean))
+        for side in (step.transition, step.transition_anchor)
+    )
+    expected = torch.distributions.kl_divergence(new, anchor).mean((2, 3))
+    ours = latent_kl.build(latent_kl.LatentKLOptions())(step)
+    torch.testing.assert_close(ours, expected, atol=1e-7, rtol=0)
+
+
+def test_latent_kl_is_velocity_mse_times_the_documented_factor() -> None:
+    step = flow_step(*velocities())
+    t = torch.tensor([0.8, 0.5]).double()
+    sigma = 0.8 * (t / (1 - t)).sqrt()
+    factor = 0.2 / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
+    mse = velocity_mse.build(velocity_mse.VelocityMSEOptions())(step)
+    kl = latent_kl.build(latent_kl.LatentKLOptions())(step)
+    torch.testing.assert_close(kl, mse * factor, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", [velocity_mse, latent_kl])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flow_penalties_vanish_at_the_anchor_and_differentiate(
+    method: object, dtype: torch.dtype
+) -> None:
+    penalty = method.build(method.PROVIDER.options())  # type: ignore[attr-defined]
+    v, anchor = velocities(dtype)
+    assert torch.equal(penalty(flow_step(v, v)), torch.zeros(3, 2, dtype=dtype))
+    assert (penalty(flow_step(v, anchor)) > 0).all()
+    if dtype == torch.float64:
+        v = v.requires_grad_()
+        assert torch.autograd.gradcheck(lambda free: penalty(flow_step(free, anchor)), (v,))
+
+
+def token_step(logps: Tensor, anchor: Tensor) -> TokenStep:
+    mask = torch.ones_like(logps, dtype=torch.bool)
+    mask[:, -1] = False
+    return TokenStep(logps=logps, logps_anchor=anchor, mask=mask)
+
+
+def test_text_kl_by_hand() -> None:
+    penalty = text_kl.build(text_kl.TextKLOptions())
+    logps = torch.tensor([[-1.0, -1.0, -1.0, float("-inf")]], dtype=torch.float64)
+    anchor = torch.tensor([[-1.0, -0.5, -3.0, -1.0]], dtype=torch.float64)
+    expected = [0.0, math.exp(0.5) - 1.5, math.exp(-2.0) + 1.0, 0.0]
+    assert penalty(token_step(logps, anchor)).tolist() == [pytest.approx(expected, abs=1e-12)]
+
+
+def test_text_kl_keeps_digits_near_the_anchor_and_is_never_negative() -> None:
+    penalty = text_kl.build(text_kl.TextKLOptions())
+    logps = torch.tensor([[-0.01, 0.0]])
+    close = penalty(token_step(logps, logps + 1e-3))[0, 0].item()
+    gap = (logps + 1e-3 - logps).double()[0, 0].item()
+    assert close == pytest.approx(gap**2 / 2 + gap**3 / 6, rel=1e-3)
+    gaps = torch.linspace(-1e-3, 1e-3, 20_001)[None]
+    assert (penalty(token_step(torch.zeros_like(gaps), gaps)) >= 0).all()
+
+
+def test_text_kl_vanishes_at_the_anchor_and_differentiates() -> None:
+    penalty = text_kl.build(text_kl.TextKLOptions())
+    logps = -torch.rand(2, 6, generator=torch.Generator().manual_seed(2))
+    assert not penalty(token_step(logps, logps)).any()
+    anchor = logps.double() - 0.3
+    free = logps.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda given: penalty(token_step(given, anchor)), (free,))
+
+
+def test_text_kl_estimates_the_divergence() -> None:
+    policy, anchor = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.2, 0.3])
+    step = TokenStep(policy.log()[None], anchor.log()[None], torch.ones(1, 3, dtype=torch.bool))
+    expected = 0.7 * math.log(0.7 / 0.5) + 0.1 * math.log(0.1 / 0.3)
+    estimate = (policy * text_kl.build(text_kl.TextKLOptions())(step)).sum().item()
+    assert estimate == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,170 @@
+"""Schedulers against the closed form in float64 and against diffusers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from pydantic import ValidationError
+from unigrpo_methods.schedulers import flow_sde, ode
+from unigrpo_methods.schedulers.gaussian import GaussianTransition
+
+SDE = flow_sde.build(flow_sde.FlowSDEOptions())
+ODE = ode.build(ode.ODEOptions())
+
+
+def normals(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def closed_form(v: float, x: float, t: float, t_next: float, noise: float) -> tuple[float, float]:
+    """Mean and std of one step as the paper writes them, in Python's float64."""
+    dt = t_next - t
+    sigma = noise * math.sqrt(t / (1 - (t_next if t == 1 else t)))
+    drift = v + sigma**2 / (2 * t) * (x + (1 - t) * v)
+    return x + drift * dt, sigma * math.sqrt(-dt)
+
+
+def test_sde_mean_and_std_are_the_closed_form() -> None:
+    times = SDE.times(10, 3.0).float()
+    t, t_next = times[None, :-1].expand(2, -1), times[None, 1:].expand(2, -1)
+    noise = torch.tensor([[0.8], [0.3]]).expand(2, 10)
+    v, x = normals(2, 10, 3, 2, seed=1), normals(2, 10, 3, 2, seed=2)
+    step = SDE.transition(v, x, t, t_next, noise)
+    assert step.mean.dtype == step.std.dtype == torch.float32
+    assert step.std.shape == (2, 10, 1, 1)
+    for b, k in np.ndindex(2, 10):
+        point = (t[b, k].item(), t_next[b, k].item(), noise[b, k].item())
+        for c, d in np.ndindex(3, 2):
+            mean, std = closed_form(v[b, k, c, d].item(), x[b, k, c, d].item(), *point)
+            assert step.mean[b, k, c, d].item() == pytest.approx(mean, abs=1e-6)
+            assert step.std[b, k, 0, 0].item() == pytest.approx(std, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_first_step_is_finite_and_as_documented(steps: int) -> None:
+    times = SDE.times(steps, 3.0).float()
+    t, t_next = times[:1, None], times[1:2, None]
+    v, x = normals(1, 1, 64, seed=1), normals(1, 1, 64, seed=2)
+    step = SDE.transition(v, x, t, t_next, torch.full((1, 1), 0.8))
+    torch.testing.assert_close(step.mean, x * (1 - 0.32) + v * (t_next - t)[..., None])
+    assert step.std.item() == pytest.approx(0.8, abs=1e-6)
+
+
+def test_a_bfloat16_velocity_is_computed_in_float32() -> None:
+    t, t_next, noise = torch.tensor([[0.6]]), torch.tensor([[0.5]]), torch.tensor([[0.8]])
+    v, x = normals(1, 1, 50, seed=1).bfloat16(), normals(1, 1, 50, seed=2)
+    low = SDE.transition(v, x, t, t_next, noise).mean
+    assert low.dtype == torch.float32
+    assert torch.equal(low, SDE.transition(v.float(), x, t, t_next, noise).mean)
+
+
+def test_noise_level_zero_is_exactly_the_euler_step_also_in_a_mixed_batch() -> None:
+    times = SDE.times(8, 3.0).float()
+    t, t_next = times[None, :-1], times[None, 1:]
+    noise = torch.tensor([[0.0, 0.8, 0.0, 0.8, 0.0, 0.0, 0.8, 0.0]])
+    v, x = normals(1, 8, 4, 5, seed=1), normals(1, 8, 4, 5, seed=2)
+    step = SDE.transition(v, x, t, t_next, noise)
+    euler = ODE.transition(v, x, t, t_next, torch.zeros(1, 8))
+    still = noise[0] == 0
+    assert torch.equal(euler.mean, x + v * (t_next - t)[..., None, None])
+    assert torch.equal(step.mean[:, still], euler.mean[:, still])
+    assert not step.std[:, still].any()
+    assert not euler.std.any()
+    assert (step.std[:, ~still] > 0).all()
+    assert (step.mean[:, ~still] != euler.mean[:, ~still]).any()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_euler_step_is_that_of_diffusers(shift: float) -> None:
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6).tolist())
+    times = ODE.times(6, shift).float()
+    x = expected = normals(1, 1, 3, 4, seed=3)
+    for step, timestep in enumerate(theirs.timesteps):
+        v = normals(1, 1, 3, 4, seed=10 + step)
+        expected = theirs.step(v, timestep, expected).prev_sample
+        t, t_next = times[step].reshape(1, 1), times[step + 1].reshape(1, 1)
+        x = ODE.transition(v, x, t, t_next, torch.zeros(1, 1)).mean
+        torch.testing.assert_close(x, expected, atol=1e-6, rtol=0)
+
+
+def test_the_ode_refuses_noise() -> None:
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match=r"noise level 0 only, got 0\.5"):
+        ODE.transition(one[..., None], one[..., None], one, one / 2, one / 2)
+    assert not ODE.stochastic
+    assert SDE.stochastic
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 25, 50])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 6.93])
+@pytest.mark.parametrize("grid", ["linear", "diffusers"])
+def test_grids_are_those_of_diffusers(grid: str, steps: int, shift: float) -> None:
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    if grid == "linear":
+        theirs.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+    else:
+        theirs.set_timesteps(steps)
+    for method in (flow_sde, ode):
+        options = method.PROVIDER.options.model_validate({"grid": grid})
+        times = method.build(options).times(steps, shift)
+        assert times.dtype == torch.float64
+        assert times.shape == (steps + 1,)
+        assert times[0] == 1
+        assert times[-1] == 0
+        assert (times.diff() < 0).all()
+        torch.testing.assert_close(times.float(), theirs.sigmas, atol=2e-7, rtol=1e-6)
+
+
+def test_the_diffusers_grid_shifts_twice() -> None:
+    options = flow_sde.FlowSDEOptions(grid="diffusers")
+    assert flow_sde.build(options).times(10, 3.0)[-2].item() == pytest.approx(0.009, abs=1e-4)
+    assert SDE.times(10, 3.0)[-2].item() == pytest.approx(0.25)
+
+
+def test_impossible_grids_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1 step; got 0"):
+        SDE.times(0, 1.0)
+    with pytest.raises(ValueError, match=r"shift is positive .* got 0"):
+        SDE.times(4, 0.0)
+    with pytest.raises(ValidationError, match="grid"):
+        flow_sde.FlowSDEOptions.model_validate({"grid": "cosine"})
+    with pytest.raises(ValidationError, match="noise_level"):
+        ode.ODEOptions.model_validate({"noise_level": 0.8})
+
+
+def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Mean log-density, written out."""
+    terms = -((x - mean) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))
+    return terms.flatten(2).mean(2)
+
+
+def test_the_log_ratio_keeps_digits_that_a_difference_of_log_probs_loses() -> None:
+    size = (2, 3, 64, 64, 64)
+    std = torch.tensor([0.8, 0.4, 0.1]).reshape(1, 3, 1, 1, 1)
+    old_mean = normals(*size, seed=1)
+    x_next = old_mean + std * normals(*size, seed=2)
+    mean = old_mean + 5e-4 * std * normals(*size, seed=3)
+    exact = log_prob(x_next.double(), mean.double(), std.double()) - log_prob(
+        x_next.double(), old_mean.double(), std.double()
+    )
+    ours = GaussianTransition(mean, std).log_ratio(x_next, old_mean)
+    naive = log_prob(x_next, mean, std) - log_prob(x_next, old_mean, std)
+    assert ours.dtype == torch.float32
+    assert ours.shape == (2, 3)
+    assert (ours - exact).abs().max() < 1e-9
+    assert (naive - exact).abs().max() > 1e-8
+
+
+def test_the_log_ratio_is_that_of_the_normal_distribution() -> None:
+    mean, old, x = (normals(2, 3, 5, seed=seed).double() for seed in (1, 2, 3))
+    std = torch.tensor([[0.5, 1.0, 2.0]] * 2).double()[..., None]
+    new, before = (torch.distributions.Normal(mu, std.expand_as(x)) for mu in (mean, old))
+    expected = (new.log_prob(x) - before.log_prob(x)).mean(2)
+    ours = GaussianTransition(mean, std).log_ratio(x, old)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+    assert not GaussianTransition(mean, std).log_ratio(x, mean).any()

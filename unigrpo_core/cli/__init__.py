@@ -1,0 +1,65 @@
+"""The command line: one file per verb. Nothing here imports torch before a verb asks for it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from unigrpo_core.cli import check, plugins, run, sample, show
+from unigrpo_core.errors import UserError
+
+VERBS = (run, check, show, plugins, sample)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0, or 1 a run went wrong, 2 a recipe or the usage
+    is wrong, 3 a plugin is at fault, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.handler(arguments)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(traceback.format_exc() if arguments.debug else error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has had enough, as in `unigrpo show | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        else:
+            what = f"{type(error).__name__}: {error}"
+            print(f"a bug, please report it: {what} (--debug shows the traceback)", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unigrpo", description="Train models that think before they draw."
+    )
+    debug = "show the traceback of an error"
+    parser.add_argument("--debug", action="store_true", help=debug)
+    parser.add_argument("--version", action="version", version=f"unigrpo {_version()}")
+    subparsers = parser.add_subparsers(metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.register(subparsers)
+    for verb_parser in subparsers.choices.values():
+        verb_parser.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=debug
+        )
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("unigrpo")
+    except PackageNotFoundError:
+        return "(not installed)"

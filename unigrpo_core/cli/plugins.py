@@ -1,0 +1,124 @@
+"""``unigrpo plugins``: what is installed, and the options of each component."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from unigrpo_core.catalog import Catalog, Component, load_catalog
+from unigrpo_core.cli.text import add_json, as_json, table
+from unigrpo_core.errors import UsageError
+from unigrpo_core.plugin import KINDS
+from unigrpo_core.recipe import did_you_mean, toml_value
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("plugins", help="list components, or show one with its options")
+    parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a component, or distribution:name")
+    add_json(parser)
+    parser.set_defaults(handler=plugins)
+
+
+def plugins(arguments: argparse.Namespace) -> int:
+    kind, name = arguments.kind, arguments.name
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f"no kind of component is called {kind!r}{did_you_mean(kind, [*KINDS])}")
+    catalog = load_catalog()
+    components = catalog.components if kind is None else catalog.of(kind)
+    if name is not None:
+        components = (catalog.find(kind, name),)
+    if arguments.json:
+        broken = [str(item) for item in catalog.broken]
+        print(as_json({"components": [*map(_described, components)], "broken": broken}))
+    elif name is not None:
+        print(_one(_described(components[0])))
+    else:
+        print(_listing(components, catalog))
+    return 0
+
+
+def _listing(components: tuple[Component, ...], catalog: Catalog) -> str:
+    rows = [("kind", "name", "from", "summary")]
+    for item in sorted(components, key=lambda item: (list(KINDS).index(item.kind), item.name)):
+        rows.append((item.kind, item.name, item.origin, item.provider.summary))
+    return "\n".join([table(rows), *(f"broken: {item}" for item in catalog.broken)])
+
+
+def _one(described: dict[str, Any]) -> str:
+    facts = [
+        (key, ", ".join(value) if isinstance(value, list) else value)
+        for key, value in described.items()
+        if key != "options" and value
+    ]
+    if not described["options"]:
+        return f"{table(facts)}\n\nno options"
+    rows = [("option", "type", "default", "range", "description")]
+    for option in described["options"]:
+        default = "required" if option["required"] else toml_value(option["default"])
+        rows.append(
+            (
+                option["name"],
+                option["type"],
+                "absent" if default == "None" else default,
+                option["range"],
+                option["description"],
+            )
+        )
+    return f"{table(facts)}\n\n{table(rows)}"
+
+
+def _described(item: Component) -> dict[str, Any]:
+    provider = item.provider
+    return {
+        "kind": item.kind,
+        "name": item.name,
+        "from": item.origin,
+        "summary": provider.summary,
+        "cite": provider.cite,
+        "needs": list(provider.needs),
+        "provides": list(provider.provides),
+        "penalty": provider.kind if item.kind == "regularizer" else "",
+        "options": [*_options(provider.options)],
+    }
+
+
+def _options(options: type[BaseModel]) -> Iterator[dict[str, Any]]:
+    for name, field in options.model_fields.items():
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        yield {
+            "name": name,
+            "type": _type(field.annotation),
+            "required": field.is_required(),
+            "default": default.model_dump(mode="json")
+            if isinstance(default, BaseModel)
+            else default,
+            "range": _range(field),
+            "description": field.description or "",
+        }
+
+
+def _type(annotation: Any) -> str:
+    """The type as people write it: Literals as their values, no module names."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(toml_value, get_args(annotation)))
+    if isinstance(annotation, type) and not get_args(annotation):
+        return "none" if annotation is type(None) else annotation.__name__
+    return str(annotation).replace("typing.", "")
+
+
+def _range(field: FieldInfo) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "multiple of"}
+    return ", ".join(
+        f"{sign} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, sign in signs.items()
+        if getattr(bound, name, None) is not None
+    )

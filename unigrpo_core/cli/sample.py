@@ -1,0 +1,54 @@
+"""``unigrpo sample``: a finished run thinks and draws for a new prompt."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unigrpo_core.catalog import load_catalog
+from unigrpo_core.errors import UsageError
+from unigrpo_core.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "sample",
+        help="let a finished run think and draw for a prompt",
+        description="Samples episodes for a prompt with a run's final weights; writes a picture.",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--count", type=int, default=4, help="how many episodes (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="the picture; default: RUN/samples/N.png"
+    )
+    parser.set_defaults(handler=sample)
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    if arguments.count < 1:
+        raise UsageError(f"--count is {arguments.count}, expected 1 or more")
+    recipe = arguments.run / "recipe.toml"
+    if not recipe.is_file():
+        raise UsageError(f"{arguments.run} is no run folder: it has no recipe.toml")
+    start = f'start="{arguments.run.resolve()}"'
+    resolved = load_recipe(recipe, load_catalog(), ["train=[]", "steps=0", start])
+    from unigrpo_core.engine.draw import draw_samples
+
+    out = arguments.out or _next_picture(arguments.run / "samples")
+    for thought in draw_samples(resolved, arguments.prompt, arguments.count, arguments.seed, out):
+        print(f"thinks: {thought}" if thought else "draws without thinking")
+    print(f"picture: {out}")
+    return 0
+
+
+def _next_picture(folder: Path) -> Path:
+    number = 1
+    while (folder / f"{number}.png").exists():
+        number += 1
+    return folder / f"{number}.png"

@@ -1,0 +1,172 @@
+"""The training loop: rollout, score, advantage, gap, updates, metrics, evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from unigrpo_core.engine.clock import Clock
+from unigrpo_core.engine.evaluate import Evaluated, evaluate
+from unigrpo_core.engine.folder import RunFolder
+from unigrpo_core.engine.rollout import Plan, sample
+from unigrpo_core.engine.scoring import advantages, episodes, equal_groups, score
+from unigrpo_core.engine.setup import Setup, build_setup
+from unigrpo_core.engine.sheet import Card, cards, write_sheet
+from unigrpo_core.engine.trainset import build_train_set
+from unigrpo_core.engine.update import Updater
+from unigrpo_core.keys import Key
+from unigrpo_core.recipe import Resolved
+from unigrpo_core.records import ImageSegment, Rollout, TextSegment
+
+
+class Reporter(Protocol):
+    """Whoever shows a run; it can alter nothing."""
+
+    def started(self, resolved: Resolved, folder: Path, setup: Setup) -> None: ...
+
+    def stepped(
+        self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]
+    ) -> None: ...
+
+    def evaluated(self, step: int, means: Mapping[str, float]) -> None: ...
+
+    def finished(self, folder: Path, summary: Mapping[str, Any]) -> None: ...
+
+
+class Run:
+    """One run of a recipe in its folder.
+
+    Raises:
+        UserError: before anything is written, if the folder is taken or a part cannot be built.
+    """
+
+    def __init__(self, resolved: Resolved, path: Path, reporter: Reporter) -> None:
+        self.resolved, self.recipe = resolved, resolved.recipe
+        self.folder, self.reporter = RunFolder(path), reporter
+        self.setup = build_setup(resolved, path)
+        self.updater = Updater(self.setup)
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self.shown: dict[int, list[Card]] = {}
+        self.train_cpu = 0.0
+
+    def __call__(self) -> dict[str, Any]:
+        """Trains, evaluates, and returns the summary that it has written."""
+        recipe, start = self.recipe, time.perf_counter()
+        self.folder.create(self.resolved)
+        self.setup.accelerator.init_trackers("tensorboard")
+        self.reporter.started(self.resolved, self.folder.path, self.setup)
+        self._evaluate(0)
+        for step in range(1, recipe.steps + 1):
+            before = time.process_time()
+            metrics, timing = self._step(step)
+            self.train_cpu += time.process_time() - before
+            self.folder.append("metrics.jsonl", {"step": step, **metrics})
+            self.folder.append("timing.jsonl", {"step": step, **timing})
+            self.setup.accelerator.log({**metrics, **_prefixed("time", timing)}, step=step)
+            self.reporter.stepped(step, metrics, timing)
+            last = step == recipe.steps
+            if last or (recipe.evaluation.every and step % recipe.evaluation.every == 0):
+                self._evaluate(step)
+        self.setup.policy.save(self.folder.path / "final")
+        self.setup.accelerator.end_training()
+        summary = self._summary(time.perf_counter() - start)
+        self.folder.write("summary.json", summary)
+        self.reporter.finished(self.folder.path, summary)
+        return summary
+
+    def _step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
+        setup, recipe = self.setup, self.recipe
+        clock, key = Clock(setup.device), Key((recipe.seed, "train", step))
+        start = time.process_time()
+        prompts = setup.source.train(recipe.seed, (step - 1) * recipe.prompts, recipe.prompts)
+        trained: tuple[int, ...] = ()
+        if setup.window is not None and setup.training is not None:
+            trained = setup.window.steps(setup.training.steps, key.child("window"))
+        plan = Plan(recipe.group.fan_out, setup.training, trained)
+        rollout = sample(setup, prompts, plan, key.child("episode"), clock)
+        with clock.phase("reward"):
+            batch = episodes(rollout, f"{recipe.seed}/{step}")
+            scores = score(setup.rewards, batch, details=False)
+        with clock.phase("update"):
+            found = tuple(
+                advantages(setup, rollout, scores, level) if self._trains(level) else None
+                for level in range(len(rollout.segments))
+            )
+            data = build_train_set(setup, rollout, found, scores.total, key)
+            metrics = self.updater(data)
+        metrics = {
+            "reward": float(scores.total.double().mean()),
+            "reward_std": float(scores.total.view(len(prompts), -1).double().std(1).mean()),
+            "equal_groups": equal_groups(rollout, scores),
+            **{
+                f"reward/{name}": float(values.double().mean())
+                for name, values in zip(scores.names, scores.values.T, strict=True)
+            },
+            **_sizes(rollout),
+            **metrics,
+        }
+        cpu = time.process_time() - start
+        return metrics, {**{f"{k}_s": v for k, v in clock.phases.items()}, "cpu_s": cpu}
+
+    def _trains(self, level: int) -> bool:
+        expert = "text" if self.recipe.episode[level] == "think" else "image"
+        return expert in self.recipe.train
+
+    def _evaluate(self, step: int) -> Evaluated:
+        recipe = self.recipe
+        edge = step in (0, recipe.steps)
+        options = recipe.evaluation
+        result = evaluate(self.setup, options.final_prompts if edge else options.prompts)
+        means = result.means()
+        self.history.append((step, means))
+        self.folder.append(
+            "evaluation.jsonl", {"step": step, "prompts": len(result.batch), **means}
+        )
+        self.setup.accelerator.log(_prefixed("evaluation", means), step=step)
+        if options.sheet:
+            self.shown[step] = cards(result, options.sheet)
+            self._sheets(step)
+        self.reporter.evaluated(step, means)
+        return result
+
+    def _sheets(self, step: int) -> None:
+        title = f"{self.resolved.name}: held-out prompts"
+        folder = self.folder.path / "sheets"
+        write_sheet(folder / f"step-{step:05d}.png", title, [(f"step {step}", self.shown[step])])
+        if step == self.recipe.steps and step:
+            steps = sorted(self.shown)
+            middle = [steps[len(steps) // 2]] if len(steps) > 2 else []
+            chosen = [0, *middle, step]
+            columns = [(f"step {number}", self.shown[number]) for number in chosen]
+            write_sheet(folder / "before-after.png", title, columns)
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        before, after = self.history[0][1], self.history[-1][1]
+        return {
+            "recipe": self.resolved.name,
+            "hash": self.resolved.hash,
+            "seed": self.recipe.seed,
+            "steps": self.recipe.steps,
+            "before": before,
+            "after": after,
+            "gain": {name: after[name] - before[name] for name in before},
+            "train_cpu_s": round(self.train_cpu, 2),
+            "wall_s": round(seconds, 2),
+        }
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def _sizes(rollout: Rollout) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for segment in rollout.segments:
+        if isinstance(segment, TextSegment):
+            found["tokens"] = int(segment.mask.sum())
+            found["thought_length"] = float(segment.mask.sum(1).double().mean())
+        elif isinstance(segment, ImageSegment):
+            found["images"] = len(segment.latents)
+    return found

@@ -1,0 +1,25 @@
+"""Errors that are the user's to mend. The command line prints them without a traceback.
+
+Exit codes: 1 a run went wrong, 2 a recipe or the usage is wrong, 3 a plugin is at fault.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something only the user can mend; the message says what was got, what was expected and
+    where to look next. As is, a run that cannot start or go on."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """The command was called in a way that means nothing."""
+
+    exit_code = 2
+
+
+class PluginError(UserError):
+    """A plugin is missing, ambiguous, broken, or returned what its interface does not allow."""
+
+    exit_code = 3

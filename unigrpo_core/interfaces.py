@@ -1,0 +1,326 @@
+"""The seams. Everything here is abstract; whoever implements one implements all of it.
+
+Methods (scheduler, window, guidance, objective, regularizer, advantage) are pure functions of
+tensors: none sees a model, an engine or a recipe. Shapes use the letters of
+:mod:`unigrpo_core.records`. Unless said otherwise tensors are float32, and draws come only from
+the keys that are passed in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+
+from unigrpo_core.keys import Key
+from unigrpo_core.records import (
+    FlowStep,
+    ImageSegment,
+    Points,
+    Prompt,
+    RewardBatch,
+    Sampling,
+    TextSegment,
+    TokenStep,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+# --- policies ---------------------------------------------------------------------------------
+
+
+class History(ABC):
+    """What has been said and drawn so far, B rows, in a form the policy can continue from.
+
+    A persistent value: continuing it never changes it.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """B, the number of rows."""
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> Self:
+        """The rows at ``index`` (int64 [B']), repeats allowed."""
+
+
+class Policy(ABC):
+    """A model that continues histories, and the one module through which it is trained."""
+
+    @property
+    @abstractmethod
+    def root(self) -> nn.Module:
+        """The trainable module; ``root(ReplayBatch) -> Replay`` is the only path of gradients.
+        This is what DDP and FSDP wrap."""
+
+    @abstractmethod
+    def open(self, prompts: Sequence[Prompt]) -> History:
+        """Encodes prompts, one row each, without gradient."""
+
+    @abstractmethod
+    def branches(self, history: History, names: Sequence[str]) -> Mapping[str, History]:
+        """The unconditional contexts of ``history`` that guidance asks for, by name."""
+
+    @abstractmethod
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """How many tokens the prompt's context takes.
+
+        Raises:
+            UserError: the policy cannot take it; the message says why and counts.
+        """
+
+    @abstractmethod
+    def parameters(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
+        """The parameters each expert owns, by their name in the root: keys "text" and "image".
+        Whatever no expert owns stays frozen."""
+
+    @abstractmethod
+    def keep(self, name: Literal["reference", "old"]) -> None:
+        """Remembers the current weights under ``name``, replacing what was kept."""
+
+    @abstractmethod
+    def weights(self, name: Literal["current", "reference", "old"]) -> AbstractContextManager[None]:
+        """Inside the context the policy computes with the weights kept under ``name``; on leaving
+        it the current ones are back, bit for bit. "current" does nothing."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes the current weights and all that loading needs, in the policy's own layout."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Takes over the weights that :meth:`save` wrote.
+
+        Raises:
+            UserError: they are not there, damaged, or of another model.
+        """
+
+    @abstractmethod
+    def wrap_units(self) -> tuple[type[nn.Module], ...]:
+        """The module classes that sharding and activation checkpointing may wrap."""
+
+
+class TextPolicy(Policy):
+    """A policy that writes."""
+
+    @abstractmethod
+    def write(
+        self, history: History, sampling: Sampling, keys: Sequence[Key]
+    ) -> tuple[TextSegment, History]:
+        """Samples one text per row, without gradient.
+
+        Token j of row b takes draw j of ``keys[b].child("token")`` (inverse CDF in float64 over the
+        tokens that may be sampled). The returned history has the texts appended.
+        """
+
+
+class ImageFlowPolicy(Policy):
+    """A policy that draws, by the velocity field of a flow-matching model."""
+
+    @abstractmethod
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """The latent axes ``*`` of an image of (height, width) pixels.
+
+        Raises:
+            UserError: the size is not one the model can draw.
+        """
+
+    @abstractmethod
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """How many tokens the network processes for one image at one time."""
+
+    @abstractmethod
+    def time_shift(self, size: tuple[int, int]) -> float:
+        """The model's own timestep shift at that size (1: none)."""
+
+    @abstractmethod
+    def velocity(self, history: History, x_t: Tensor, t: Tensor) -> Tensor:
+        """v = noise - data, float32 [B, *], without gradient, for x_t [B, *] and t [B]; reads the
+        history, never appends to it."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of final latents [B, *], without gradient."""
+
+
+class ImageReader(Policy):
+    """A policy that looks at images: for editing, and for several rounds."""
+
+    @abstractmethod
+    def look(self, history: History, images: Tensor, keys: Sequence[Key]) -> History:
+        """Appends images [B, 3, H, W] in [0, 1]; a stochastic encoder draws from ``keys``."""
+
+
+# --- methods ----------------------------------------------------------------------------------
+
+
+class Transition(ABC):
+    """The distribution of x_next given x_t; Gaussian, a point mass where ``std`` is 0."""
+
+    mean: Tensor  # float32 [B, K, *]
+    std: Tensor  # float32, broadcastable to mean: [B, K, 1, ...]
+
+    @abstractmethod
+    def log_ratio(self, x_next: Tensor, old_mean: Tensor) -> Tensor:
+        """[B, K]: log p(x_next | mean) - log p(x_next | old_mean), mean over latent elements,
+        computed without subtracting two log-probs. Requires std > 0."""
+
+
+class Scheduler(ABC):
+    """The time grid and the kernel of a step. Nothing else derives a mean or a std."""
+
+    stochastic: ClassVar[bool]  # False: std is 0 at every noise level
+
+    @abstractmethod
+    def times(self, steps: int, shift: float) -> Tensor:
+        """float64 [steps + 1], falling from 1 to 0."""
+
+    @abstractmethod
+    def transition(
+        self, v: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise_level: Tensor
+    ) -> Transition:
+        """The step from t to t_next: v and x_t are [B, K, *]; t, t_next and noise_level [B, K].
+        At noise level 0 it is the Euler step of the ODE, with std 0."""
+
+
+class Window(ABC):
+    """Which steps of a rollout are stochastic, and so trained."""
+
+    @abstractmethod
+    def steps(self, total: int, key: Key) -> tuple[int, ...]:
+        """Rising step numbers in 0 .. total - 1; one draw per rollout."""
+
+    @abstractmethod
+    def count(self, total: int) -> int:
+        """How many steps that will be.
+
+        Raises:
+            ValueError: the window does not fit into ``total`` steps.
+        """
+
+
+class Guidance(ABC):
+    """Combines conditional and unconditional velocities."""
+
+    branches: tuple[str, ...]  # the unconditional contexts it needs, with its options
+
+    @abstractmethod
+    def active(self, t: Tensor) -> Tensor:
+        """bool, of t's shape: where the branches are needed. Elsewhere they are not computed."""
+
+    @abstractmethod
+    def combine(self, v: Tensor, branches: Mapping[str, Tensor], t: Tensor) -> Tensor:
+        """The guided velocity [B, K, *] at times t [B, K]; called only with every branch at hand.
+        Where ``active`` is False it returns v unchanged."""
+
+
+class TextObjective(ABC):
+    """A loss on the log-probs of sampled tokens."""
+
+    @abstractmethod
+    def loss(
+        self, logps: Tensor, old_logps: Tensor, mask: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values [B, L] to minimise, and metrics of the same shape without gradient, for
+        logps, old_logps, mask [B, L] and advantages [B]. Where the mask is False all are 0."""
+
+    @abstractmethod
+    def weights(self, mask: Tensor) -> Tensor:
+        """[B, L] from stored data only; the loss is sum(values * weights) / sum(weights) over the
+        whole update and all processes."""
+
+
+class ImageObjective(ABC):
+    """A loss on velocities at points along (or beside) the sampled trajectories."""
+
+    needs: ClassVar[frozenset[str]]  # velocities beside the current: "old", "reference"
+
+    @abstractmethod
+    def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
+        """The points [E, K] to train on; ``keys``, one per row, for objectives that draw."""
+
+    @abstractmethod
+    def log_ratio(self, points: Points, v: Tensor) -> Tensor:
+        """[B, K]: what the clip range bounds; 0 in exact arithmetic when v is the sampler's."""
+
+    @abstractmethod
+    def clip_range(self, latent_elements: int) -> float:
+        """The bound on |log_ratio| for that many elements; infinite without clipping."""
+
+    @abstractmethod
+    def trust_radius(self, points: Points) -> Tensor:
+        """[B, K]: the root-mean-square shift of the transition mean at which log_ratio's standard
+        deviation reaches the clip range; infinite without clipping."""
+
+    @abstractmethod
+    def loss(
+        self,
+        points: Points,
+        velocities: Mapping[str, Tensor],
+        advantages: Tensor,
+        rewards: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values [B, K] to minimise, and metrics of the same shape without gradient, for
+        velocities["current"] (and those it ``needs``) [B, K, *], advantages and rewards [B, K]
+        (one value per point, equal along an image)."""
+
+    @abstractmethod
+    def weights(self, mask: Tensor) -> Tensor:
+        """[B, K] from stored data only, as for text."""
+
+
+class FlowRegularizer(Protocol):
+    """Any callable; [B, K], float32: a mean over latent elements. Kind "distance": >= 0 and
+    exactly 0 at the anchor."""
+
+    def __call__(self, step: FlowStep, /) -> Tensor: ...
+
+
+class TokenRegularizer(Protocol):
+    """Any callable; [B, L], float32."""
+
+    def __call__(self, step: TokenStep, /) -> Tensor: ...
+
+
+class Advantage(ABC):
+    """From rewards to group-relative advantages."""
+
+    @abstractmethod
+    def __call__(self, rewards: Tensor, weights: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+        """float32 [E] for rewards float32 [E, R], weights [R], group int64 [E] (rows of one group
+        share a number) and valid bool [E]; invalid rows get 0 and count for nothing. All of them
+        are on the CPU."""
+
+
+class Reward(ABC):
+    """A score of finished episodes."""
+
+    reads: ClassVar[frozenset[str]]  # of "prompt", "metadata", "thought", "image"
+    range: ClassVar[tuple[float, float]]
+    higher_is_better: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, batch: RewardBatch) -> Tensor:
+        """float32 [B], finite, within ``range``; must not depend on the other rows."""
+
+    @abstractmethod
+    def details(self, batch: RewardBatch) -> Mapping[str, Tensor]:
+        """Further scores [B] by name, shown at evaluation and never trained on (may be empty)."""
+
+
+class PromptSource(ABC):
+    """Where prompts come from; the held-out ones are disjoint from the training ones."""
+
+    @abstractmethod
+    def train(self, seed: int, start: int, count: int) -> tuple[Prompt, ...]:
+        """Prompts number start .. start + count - 1 of an endless stream: a pure function of its
+        arguments, so a run resumes anywhere. Ids are unique within the stream."""
+
+    @abstractmethod
+    def held_out(self, count: int) -> tuple[Prompt, ...]:
+        """The first ``count`` held-out prompts (fewer if there are fewer), alike in every run."""

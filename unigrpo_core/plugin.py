@@ -1,0 +1,166 @@
+"""All that a plugin author imports: ``Provider``, ``Options``, ``Field``, ``hookimpl``.
+
+A plugin is a module named in the entry-point group ``unigrpo``. It implements any of the hooks
+below, each a generator of providers::
+
+    @hookimpl
+    def unigrpo_regularizers():
+        yield Provider(name="huber_velocity", options=HuberVelocityOptions, build=build)
+
+Keep that module light: torch and models are imported inside ``build`` and what it returns, so
+that listing and checking stay fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pluggy
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+
+if TYPE_CHECKING:
+    from torch import device, dtype
+
+__all__ = [
+    "Field",
+    "Options",
+    "Placement",
+    "Provider",
+    "Providers",
+    "RecipePath",
+    "hookimpl",
+    "hookspec",
+]
+
+PROJECT = "unigrpo"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Options(BaseModel):
+    """Base of a component's options: frozen, strict, no key beyond those declared. Describe every
+    field with its unit and range: ``Field(0.1, gt=0, description="...")``."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
+
+
+def beside_the_recipe(value: Any, info: ValidationInfo) -> Any:
+    """A relative path counts from the file that states it (given as validation context); an empty
+    one stays empty."""
+    folders = (info.context or {}).get("folders", {})
+    if isinstance(value, str) and value and info.field_name in folders:
+        return str(Path(folders[info.field_name]) / Path(value).expanduser())
+    return value
+
+
+RecipePath = Annotated[str, BeforeValidator(beside_the_recipe)]
+"""The type of an option that is a path; a relative one counts from the file that states it."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a policy puts its weights, and the type it computes in. Trainable weights are float32
+    whatever the compute type; ``train`` names the experts that will be trained."""
+
+    device: device
+    compute: dtype
+    train: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A named component.
+
+    Args:
+        name: the word in recipes, unique within its kind and distribution.
+        build: a plain function ``build(options)`` returning what the kind's interface says; for
+            policies ``build(options, placement)``.
+        options: the class of its options.
+        summary: one line for listings.
+        needs: "std" if it divides by a transition's std; for regularizers, also the fields of
+            FlowStep or TokenStep that it reads beside the plain ones ("v_anchor",
+            "transition_anchor", "logps_anchor").
+        cite: paper and equation.
+        kind: for regularizers, "distance" (>= 0, 0 at the anchor) or "bonus".
+        provides: for policies, what they can do: "text", "image", and "branch:NAME" for each
+            unconditional context.
+        notes: for ``unigrpo check``: told about the options without loading anything, returns what
+            the user should know, such as weights that are not there yet.
+    """
+
+    name: str
+    build: Callable[..., Any]
+    options: type[Options] = Options
+    summary: str = ""
+    needs: Sequence[str] = ()
+    cite: str = ""
+    kind: Literal["distance", "bonus"] = "distance"
+    provides: Sequence[str] = ()
+    notes: Callable[[Any], Sequence[str]] | None = None
+
+
+Providers = Iterator[Provider]
+
+
+class Hooks:
+    """The hooks, one per kind of component. The interface each provider must build is in
+    :mod:`unigrpo_core.interfaces`."""
+
+    @hookspec
+    def unigrpo_policies(self) -> Providers:  # type: ignore[empty-body]
+        """Policy: TextPolicy, ImageFlowPolicy or both."""
+
+    @hookspec
+    def unigrpo_prompts(self) -> Providers:  # type: ignore[empty-body]
+        """PromptSource."""
+
+    @hookspec
+    def unigrpo_rewards(self) -> Providers:  # type: ignore[empty-body]
+        """Reward."""
+
+    @hookspec
+    def unigrpo_text_objectives(self) -> Providers:  # type: ignore[empty-body]
+        """TextObjective."""
+
+    @hookspec
+    def unigrpo_image_objectives(self) -> Providers:  # type: ignore[empty-body]
+        """ImageObjective."""
+
+    @hookspec
+    def unigrpo_schedulers(self) -> Providers:  # type: ignore[empty-body]
+        """Scheduler."""
+
+    @hookspec
+    def unigrpo_windows(self) -> Providers:  # type: ignore[empty-body]
+        """Window."""
+
+    @hookspec
+    def unigrpo_guidance(self) -> Providers:  # type: ignore[empty-body]
+        """Guidance."""
+
+    @hookspec
+    def unigrpo_regularizers(self) -> Providers:  # type: ignore[empty-body]
+        """FlowRegularizer or TokenRegularizer."""
+
+    @hookspec
+    def unigrpo_advantages(self) -> Providers:  # type: ignore[empty-body]
+        """Advantage."""
+
+
+KINDS: dict[str, str] = {
+    "policy": "unigrpo_policies",
+    "prompts": "unigrpo_prompts",
+    "reward": "unigrpo_rewards",
+    "text_objective": "unigrpo_text_objectives",
+    "image_objective": "unigrpo_image_objectives",
+    "scheduler": "unigrpo_schedulers",
+    "window": "unigrpo_windows",
+    "guidance": "unigrpo_guidance",
+    "regularizer": "unigrpo_regularizers",
+    "advantage": "unigrpo_advantages",
+}

@@ -1,0 +1,23 @@
+"""Recipes: from TOML files to one typed, checked description of a run."""
+
+from unigrpo_core.recipe.emit import inline as toml_value
+from unigrpo_core.recipe.problems import Origin, Problem, RecipeError, did_you_mean
+from unigrpo_core.recipe.resolve import Resolved, difference, load_recipe
+from unigrpo_core.recipe.schema import Recipe, slots
+from unigrpo_core.recipe.shipped import find_recipe, shipped_recipes, shipped_titles
+
+__all__ = [
+    "Origin",
+    "Problem",
+    "Recipe",
+    "RecipeError",
+    "Resolved",
+    "did_you_mean",
+    "difference",
+    "find_recipe",
+    "load_recipe",
+    "shipped_recipes",
+    "shipped_titles",
+    "slots",
+    "toml_value",
+]

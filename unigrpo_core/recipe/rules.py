@@ -1,0 +1,241 @@
+"""Rules that cross keys, checked before any model is loaded.
+
+They may build the light objects of methods, which import no torch for what is asked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from unigrpo_core.errors import PluginError, UserError
+from unigrpo_core.recipe.positions import KeyPath
+from unigrpo_core.recipe.schema import EXPERT_OF, Recipe, SchedulerSlot, Slot
+from unigrpo_core.records import FlowStep, TokenStep
+
+_EPISODES = (("think", "draw"), ("draw",), ("think",))
+
+_TOKEN_FIELDS = frozenset(field.name for field in fields(TokenStep))
+_FLOW_FIELDS = frozenset(field.name for field in fields(FlowStep)) | {"std"}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule that the recipe breaks, at a key."""
+
+    path: KeyPath
+    message: str
+    plugin: bool = False
+
+
+Broke = Iterator[Broken]
+
+
+def broken_rules(recipe: Recipe) -> list[Broken]:
+    """All that is wrong; the rules on methods are asked only of an episode that makes sense."""
+    return _ask(_SHAPE_RULES, recipe) or _ask(_METHOD_RULES, recipe)
+
+
+def _ask(rules: Sequence[Callable[[Recipe], Broke]], recipe: Recipe) -> list[Broken]:
+    found: list[Broken] = []
+    for rule in rules:
+        try:
+            found.extend(rule(recipe))
+        except _CannotBuildError as error:
+            found.append(error.broken)
+    return list(dict.fromkeys(found))
+
+
+class _CannotBuildError(Exception):
+    def __init__(self, broken: Broken) -> None:
+        self.broken = broken
+
+
+def _built(slot: Slot, path: KeyPath) -> Any:
+    try:
+        return slot.build()
+    except UserError as error:
+        raise _CannotBuildError(Broken(path, str(error), isinstance(error, PluginError))) from error
+
+
+# --- the shape of an episode ------------------------------------------------------------------
+
+
+def _episode(recipe: Recipe) -> Broke:
+    if recipe.episode not in _EPISODES:
+        may = ", ".join(str(list(episode)) for episode in _EPISODES)
+        message = f"several rounds are not supported yet; an episode may be one of {may}"
+        yield Broken(("episode",), message)
+
+
+def _fan_out(recipe: Recipe) -> Broke:
+    got, want = len(recipe.group.fan_out), len(recipe.episode)
+    if got != want:
+        message = f"should have one number per segment of the episode: {want}, got {got}"
+        yield Broken(("group", "fan_out"), message)
+
+
+def _train(recipe: Recipe) -> Broke:
+    experts = [EXPERT_OF[segment] for segment in recipe.episode]
+    for place, expert in enumerate(recipe.train):
+        if expert not in experts:
+            message = f"the episode {list(recipe.episode)} has no segment of the {expert} expert"
+            yield Broken(("train", place), message)
+        if expert in recipe.train[:place]:
+            yield Broken(("train", place), f"{expert!r} is stated twice")
+    if not recipe.train and recipe.steps:
+        message = f"names no expert, so the {recipe.steps} steps would train nothing (steps = 0?)"
+        yield Broken(("train",), message)
+
+
+def _updates(recipe: Recipe) -> Broke:
+    count, prompts = recipe.updates.count, recipe.prompts
+    if recipe.updates.data == "disjoint" and prompts % count:
+        divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - count))
+        message = (
+            f"{prompts} prompts cannot be split into {count} equal parts; {nearest} is the nearest "
+            'count that can (or data = "repeat")'
+        )
+        yield Broken(("updates", "count"), message)
+
+
+def _start(recipe: Recipe) -> Broke:
+    if recipe.start and not (Path(recipe.start) / "final").is_dir():
+        message = f"should be the folder of a finished run, but {recipe.start} has no folder final"
+        yield Broken(("start",), message)
+
+
+# --- the methods it is filled with ------------------------------------------------------------
+
+
+def _required(recipe: Recipe) -> Broke:
+    draws = "draw" in recipe.episode
+    image = draws and "image" in recipe.train
+    wanted: list[tuple[KeyPath, object, bool]] = [
+        (("advantage",), recipe.advantage, bool(recipe.train)),
+        (("text", "objective"), recipe.text.objective, "text" in recipe.train),
+        (("image", "objective"), recipe.image.objective, image),
+        (("image", "window"), recipe.image.window, image),
+        (("image", "scheduler"), recipe.image.scheduler, draws),
+        (("image", "guidance"), recipe.image.guidance, draws),
+        (("evaluation", "scheduler"), recipe.evaluation.scheduler, draws),
+        (("evaluation", "guidance"), recipe.evaluation.guidance, draws),
+    ]
+    for path, slot, needed in wanted:
+        if needed and slot is None:
+            why = f"episode {list(recipe.episode)} and train = {list(recipe.train)}"
+            yield Broken(path, f'required by {why}: say {{ use = "..." }}')
+
+
+def _policy(recipe: Recipe) -> Broke:
+    for segment in recipe.episode:
+        if EXPERT_OF[segment] not in recipe.policy.component.provider.provides:
+            can = ", ".join(recipe.policy.component.provider.provides)
+            message = (
+                f"cannot {segment}: the episode needs a policy that provides "
+                f"{EXPERT_OF[segment]!r}, and {recipe.policy.use!r} provides {can or 'nothing'}"
+            )
+            yield Broken(("policy", "use"), message)
+
+
+def _groups(recipe: Recipe) -> Broke:
+    for place, segment in enumerate(recipe.episode):
+        expert = EXPERT_OF[segment]
+        if expert not in recipe.train:
+            continue
+        siblings = expert == "image" and recipe.image.group_by == "siblings"
+        counts = recipe.group.fan_out[place : place + 1] if siblings else recipe.group.fan_out
+        if siblings and prod(counts) < 2:
+            message = (
+                f'"siblings" needs at least 2 images per thought, and group.fan_out[{place}] is 1'
+            )
+            yield Broken(("image", "group_by"), message)
+        elif prod(counts[: place + 1]) < 2:
+            message = f"makes {expert} groups of 1, whose advantages are all 0; 2 are needed"
+            yield Broken(("group", "fan_out"), message)
+
+
+def _window(recipe: Recipe) -> Broke:
+    window, scheduler = recipe.image.window, recipe.image.scheduler
+    if "image" in recipe.train and window and scheduler:
+        try:
+            _built(window, ("image", "window")).count(scheduler.steps)
+        except ValueError as error:
+            yield Broken(("image", "window"), str(error))
+
+
+def _stochastic(recipe: Recipe) -> Broke:
+    scheduler, objective = recipe.image.scheduler, recipe.image.objective
+    if "image" not in recipe.train or scheduler is None:
+        return
+    divides: list[tuple[KeyPath, Slot]] = [
+        (("image", "regularizers", place), slot)
+        for place, slot in enumerate(recipe.image.regularizers)
+        if "std" in slot.component.provider.needs
+    ]
+    if objective and "std" in objective.component.provider.needs:
+        divides.insert(0, (("image", "objective"), objective))
+    why = _why_no_noise(scheduler) if divides else ""
+    for path, slot in divides if why else ():
+        message = (
+            f"{slot.use!r} divides by the std of a step, and under image.scheduler "
+            f"{scheduler.use!r} nothing would be stochastic: {why}"
+        )
+        yield Broken(path, message)
+
+
+def _why_no_noise(scheduler: SchedulerSlot) -> str:
+    """Why no step under this scheduler has noise; empty if some may have."""
+    if not _built(scheduler, ("image", "scheduler")).stochastic:
+        return "its std is always 0"
+    return "" if scheduler.noise_level else "its noise_level is 0"
+
+
+def _regularizers(recipe: Recipe) -> Broke:
+    tables = (
+        ("text", recipe.text.regularizers, "TokenStep", _TOKEN_FIELDS, "image", _FLOW_FIELDS),
+        ("image", recipe.image.regularizers, "FlowStep", _FLOW_FIELDS, "text", _TOKEN_FIELDS),
+    )
+    for expert, slots, step, has, other, other_has in tables:
+        for place, slot in enumerate(slots):
+            needs = set(slot.component.provider.needs)
+            lacks = ", ".join(sorted(needs - has))
+            if not lacks:
+                continue
+            reads = f"{slot.use!r} reads {lacks}, which a {step} does not have"
+            path = (expert, "regularizers", place, "use")
+            if needs <= other_has:
+                yield Broken(path, f"{reads}: it belongs in {other}.regularizers")
+            else:
+                yield Broken(path, f"{reads}, and nor does any other record", plugin=True)
+
+
+def _branches(recipe: Recipe) -> Broke:
+    provides = recipe.policy.component.provider.provides
+    tables = (("image", recipe.image), ("evaluation", recipe.evaluation))
+    for name, slot in ((name, table.guidance) for name, table in tables):
+        if slot is None or "draw" not in recipe.episode:
+            continue
+        for branch in _built(slot, (name, "guidance")).branches:
+            if f"branch:{branch}" not in provides:
+                message = (
+                    f"{slot.use!r} needs the unconditional branch {branch!r}, which policy "
+                    f"{recipe.policy.use!r} does not provide"
+                )
+                yield Broken((name, "guidance"), message)
+
+
+_SHAPE_RULES = (_episode, _fan_out, _train, _updates, _start)
+_METHOD_RULES = (
+    _required,
+    _policy,
+    _groups,
+    _window,
+    _stochastic,
+    _regularizers,
+    _branches,
+)

@@ -1,0 +1,314 @@
+"""What a recipe may say: one frozen class per table, every key described.
+
+A *slot* is a table that chooses a component by ``use``. It has keys of its own (a weight, a number
+of steps); all others are the options of the component, which its provider's class checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+
+from unigrpo_core.catalog import Component
+from unigrpo_core.errors import PluginError, UserError
+from unigrpo_core.plugin import Options, RecipePath
+
+Count = Annotated[int, Field(ge=1)]
+Expert = Literal["text", "image"]
+Segment = Literal["think", "draw"]
+
+EXPERT_OF: dict[Segment, Expert] = {"think": "text", "draw": "image"}
+
+
+class Table(BaseModel):
+    """Base of a recipe's tables: frozen, strict, no key beyond those declared."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
+    )
+
+    @classmethod
+    def defaults(cls) -> Self:
+        """The table of which nothing is stated."""
+        return cls.model_validate({})
+
+
+# --- slots ------------------------------------------------------------------------------------
+
+
+class Slot(Table):
+    """A choice of component with its options. Subclasses add the slot's own keys."""
+
+    kind: ClassVar[str]
+    interface: ClassVar[str]  # in unigrpo_core.interfaces; "" where any callable will do
+
+    use: str = Field(description="name of the component, or distribution:name")
+    component: InstanceOf[Component] = Field(exclude=True)
+    options: InstanceOf[Options] = Field(exclude=True)
+
+    @classmethod
+    def own_keys(cls) -> tuple[str, ...]:
+        """The keys of the table that belong to the slot, not to the component's options."""
+        return tuple(key for key in cls.model_fields if key not in ("component", "options"))
+
+    @model_serializer(mode="wrap")
+    def _one_table(self, own: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {**own(self), **self.options.model_dump(mode="json", exclude_none=True)}
+
+    @property
+    def who(self) -> str:
+        """The component as messages name it."""
+        return f"{self.kind.replace('_', ' ')} {self.component.name!r} of {self.component.origin}"
+
+    def notes(self) -> tuple[str, ...]:
+        """What the provider would have the user know about these options."""
+        notes = self.component.provider.notes
+        try:
+            return tuple(notes(self.options)) if notes else ()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise PluginError(f"{self.who} cannot say its notes: {why}") from error
+
+    def build(self, *arguments: Any) -> Any:
+        """What the provider builds from the options; a policy's slot also takes its placement.
+
+        Raises:
+            UserError: as the provider raised it.
+            PluginError: the provider failed otherwise, or built something of another interface.
+        """
+        from unigrpo_core import interfaces
+
+        build: Callable[..., Any] = self.component.provider.build
+        try:
+            built = build(self.options, *arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise PluginError(f"{self.who} cannot be built: {why}") from error
+
+        fits = (
+            isinstance(built, getattr(interfaces, self.interface))
+            if self.interface
+            else callable(built)
+        )
+        if not fits:
+            raise PluginError(f"{self.who} built {built!r}, not a {self.interface or 'callable'}")
+        return built
+
+
+class PolicySlot(Slot):
+    kind = "policy"
+    interface = "Policy"
+
+
+class PromptsSlot(Slot):
+    kind = "prompts"
+    interface = "PromptSource"
+
+
+class RewardSlot(Slot):
+    kind = "reward"
+    interface = "Reward"
+
+    weight: float = Field(1.0, description="its share in the advantage; negative to punish")
+
+
+class AdvantageSlot(Slot):
+    kind = "advantage"
+    interface = "Advantage"
+
+    descendants: Literal["mean_then_normalize", "normalize_then_mean"] = Field(
+        "mean_then_normalize",
+        description="how a segment that several episodes share is scored: normalize the mean of "
+        "their rewards, or take the mean of their normalized rewards",
+    )
+
+
+class TextObjectiveSlot(Slot):
+    kind = "text_objective"
+    interface = "TextObjective"
+
+
+class ImageObjectiveSlot(Slot):
+    kind = "image_objective"
+    interface = "ImageObjective"
+
+
+class SchedulerSlot(Slot):
+    kind = "scheduler"
+    interface = "Scheduler"
+
+    steps: int = Field(ge=1, description="denoising steps")
+    noise_level: float = Field(
+        0.0, ge=0, description="noise of the stochastic steps, in the scheduler's unit; 0: an ODE"
+    )
+    shift: float | None = Field(
+        None, gt=0, description="timestep shift (1: none); the model's own when absent"
+    )
+
+
+class WindowSlot(Slot):
+    kind = "window"
+    interface = "Window"
+
+
+class GuidanceSlot(Slot):
+    kind = "guidance"
+    interface = "Guidance"
+
+
+class RegularizerSlot(Slot):
+    kind = "regularizer"
+    interface = ""
+
+    weight: float = Field(ge=0, description="its factor in the total loss")
+    anchor: Literal["reference", "old"] = Field(
+        "reference",
+        description="the weights it holds on to: those of the start, or those that sampled",
+    )
+
+
+class FlowRegularizerSlot(RegularizerSlot):
+    on: Literal["transition", "conditional"] = Field(
+        "transition",
+        description="the velocity it reads: after guidance, or the conditional one",
+    )
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+class Group(Table):
+    fan_out: tuple[Count, ...] = Field(
+        (12, 1),
+        min_length=1,
+        description="how many continuations each row has, one number >= 1 per segment; "
+        "their product is the group size",
+    )
+
+
+class Updates(Table):
+    count: int = Field(2, ge=1, description="optimizer steps per rollout")
+    data: Literal["disjoint", "repeat"] = Field(
+        "disjoint",
+        description="each update trains on its own share of the prompts, or all on all of them",
+    )
+
+
+class Text(Table):
+    weight: float = Field(1.0, ge=0, description="factor of the text loss in the total")
+    lr: float = Field(1e-6, gt=0, description="learning rate of the text expert")
+    max_tokens: int = Field(1024, ge=1, description="longest thought in tokens, its end included")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    group_by: Literal["prompt"] = Field("prompt", description="whom a thought is compared with")
+    objective: TextObjectiveSlot | None = Field(None, description="loss on the sampled tokens")
+    regularizers: tuple[RegularizerSlot, ...] = Field((), description="penalties per token")
+
+
+class Image(Table):
+    weight: float = Field(1.0, ge=0, description="factor of the image loss in the total (lambda)")
+    lr: float = Field(3e-5, gt=0, description="learning rate of the image expert")
+    size: tuple[Count, Count] = Field((512, 512), description="height and width in pixels")
+    noise_scope: Literal["episode", "thought", "prompt"] = Field(
+        "episode", description="which episodes start from the same initial noise"
+    )
+    group_by: Literal["prompt", "siblings"] = Field(
+        "prompt",
+        description="whom an image is compared with: all of its prompt, or all of its thought",
+    )
+    context_gradient: bool = Field(
+        True, description="whether the image loss also trains the text expert through the context"
+    )
+    objective: ImageObjectiveSlot | None = Field(None, description="loss on velocities")
+    scheduler: SchedulerSlot | None = Field(None, description="time grid and kernel of sampling")
+    window: WindowSlot | None = Field(None, description="which steps are stochastic, so trained")
+    guidance: GuidanceSlot | None = Field(None, description="use of unconditional velocities")
+    regularizers: tuple[FlowRegularizerSlot, ...] = Field((), description="penalties per point")
+
+
+class Optimizer(Table):
+    betas: tuple[
+        Annotated[float, Field(ge=0, lt=1)],
+        Annotated[float, Field(ge=0, lt=1)],
+    ] = Field((0.9, 0.999), description="Adam's decay rates, each in [0, 1)")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm bound of each expert")
+    warmup_updates: int = Field(0, ge=0, description="updates of linear learning-rate warm-up")
+
+
+class Evaluation(Table):
+    every: int = Field(20, ge=0, description="steps between; 0: only at the start and the end")
+    prompts: int = Field(128, ge=1, description="held-out prompts during the run")
+    final_prompts: int = Field(512, ge=1, description="held-out prompts at the start and the end")
+    sheet: int = Field(6, ge=0, description="episodes on the sample sheet; 0: no sheet")
+    scheduler: SchedulerSlot | None = Field(None, description="time grid and kernel of sampling")
+    guidance: GuidanceSlot | None = Field(None, description="use of unconditional velocities")
+
+
+class Compute(Table):
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto, cpu, mps, cuda or cuda:N",
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="the type models compute in; trained weights are float32"
+    )
+    threads: int = Field(1, ge=0, description="CPU threads; 0 leaves torch's choice")
+    rollout_rows: int = Field(256, ge=1, description="rows sampled at once")
+    replay_tokens: int = Field(16384, ge=1, description="tokens of one replay batch at most")
+
+
+class Recipe(Table):
+    """A whole recipe, ``extends`` resolved."""
+
+    title: str = Field("", pattern=r"^[^\r\n]*$", description="one line for listings")
+    seed: int = Field(0, ge=0, description="seed of every draw")
+    steps: int = Field(60, ge=0, description="training steps; each is one rollout")
+    episode: tuple[Segment, ...] = Field(
+        ("think", "draw"), min_length=1, description="the segments of an episode"
+    )
+    train: tuple[Expert, ...] = Field(
+        ("text", "image"), description="the experts to train; the others are frozen"
+    )
+    prompts: int = Field(12, ge=1, description="prompts per rollout")
+    group: Group = Field(default_factory=Group.defaults)
+    updates: Updates = Field(default_factory=Updates.defaults)
+    start: RecipePath = Field(
+        "", description="folder of a run whose final weights to start from; empty: none"
+    )
+    policy: PolicySlot = Field(description="the model")
+    source: PromptsSlot = Field(description="where prompts come from")
+    rewards: tuple[RewardSlot, ...] = Field(min_length=1, description="what episodes are scored by")
+    advantage: AdvantageSlot | None = Field(None, description="from rewards to advantages")
+    text: Text = Field(default_factory=Text.defaults)
+    image: Image = Field(default_factory=Image.defaults)
+    optimizer: Optimizer = Field(default_factory=Optimizer.defaults)
+    evaluation: Evaluation = Field(default_factory=Evaluation.defaults)
+    compute: Compute = Field(default_factory=Compute.defaults)
+
+
+def slots(table: Table, above: str = "") -> Iterator[tuple[str, Slot]]:
+    """Every slot of a recipe that is filled, with its dotted path."""
+    for key in type(table).model_fields:
+        value = getattr(table, key)
+        path = f"{above}{key}"
+        if isinstance(value, Slot):
+            yield path, value
+        elif isinstance(value, Table):
+            yield from slots(value, f"{path}.")
+        elif isinstance(value, tuple):
+            for place, item in enumerate(value):
+                if isinstance(item, Slot):
+                    yield f"{path}.{place}", item
