@@ -53,28 +53,32 @@ class Run:
 
     def __call__(self) -> dict[str, Any]:
         """Trains, evaluates, and returns the summary that it has written."""
-        recipe, start = self.recipe, time.perf_counter()
+        start = time.perf_counter()
         self.folder.create(self.resolved)
         self.setup.accelerator.init_trackers("tensorboard")
-        self.reporter.started(self.resolved, self.folder.path, self.setup)
-        self._evaluate(0)
-        for step in range(1, recipe.steps + 1):
-            before = time.process_time()
-            metrics, timing = self._step(step)
-            self.train_cpu += time.process_time() - before
-            self.folder.append("metrics.jsonl", {"step": step, **metrics})
-            self.folder.append("timing.jsonl", {"step": step, **timing})
-            self.setup.accelerator.log({**metrics, **_prefixed("time", timing)}, step=step)
-            self.reporter.stepped(step, metrics, timing)
-            last = step == recipe.steps
-            if last or (recipe.evaluation.every and step % recipe.evaluation.every == 0):
-                self._evaluate(step)
+        try:
+            self.reporter.started(self.resolved, self.folder.path, self.setup)
+            self._train()
+        finally:
+            self.setup.accelerator.end_training()
         self.setup.policy.save(self.folder.path / "final")
-        self.setup.accelerator.end_training()
         summary = self._summary(time.perf_counter() - start)
         self.folder.write("summary.json", summary)
         self.reporter.finished(self.folder.path, summary)
         return summary
+
+    def _train(self) -> None:
+        recipe, every = self.recipe, self.recipe.evaluation.every
+        self._evaluate(0)
+        for step in range(1, recipe.steps + 1):
+            metrics, timing = self._step(step)
+            self.train_cpu += timing["cpu_s"]
+            self.folder.append("metrics.jsonl", {"step": step, **metrics})
+            self.folder.append("timing.jsonl", {"step": step, **timing})
+            self.setup.accelerator.log({**metrics, **_prefixed("time", timing)}, step=step)
+            self.reporter.stepped(step, metrics, timing)
+            if step == recipe.steps or (every and step % every == 0):
+                self._evaluate(step)
 
     def _step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
         setup, recipe = self.setup, self.recipe

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -92,59 +94,79 @@ class _Sampler:
         Where siblings share their initial noise they are one lane until the first stochastic
         step, whose velocity they still share; only its noise sets them apart.
         """
-        setup, plan = self.setup, self.plan.denoising
-        policy = setup.image_policy
+        setup, plan, trained = self.setup, self.plan.denoising, self.plan.trained
         assert plan is not None
-        size, device = setup.recipe.image.size, setup.device
-        shape = policy.latent_shape(size)
-        lanes, lane_of = torch.arange(len(parents)), torch.arange(len(parents))
-        if setup.recipe.image.noise_scope != "episode":
-            values, lane_of = torch.unique_consecutive(parents, return_inverse=True)
-            lanes = torch.searchsorted(parents, values)
-        shared = len(lanes) < len(parents)
-        context = history.rows(parents[lanes])
-        x = normals([noise[i] for i in lanes.tolist()], shape, device)
-        guide = _Guide(policy, plan, context)
-        stored: dict[str, list[Tensor]] = {name: [] for name in STORED}
-        for step in range(plan.steps):
-            now, then = plan.times[step], plan.times[step + 1]
-            level = plan.noise_level if step in self.plan.trained else 0.0
-            t, t_next, noise_level = (
-                torch.full((len(x), 1), value, device=device) for value in (now, then, level)
-            )
-            v = guide.velocity(x, t)
-            transition = plan.scheduler.transition(v[:, None], x[:, None], t, t_next, noise_level)
-            mean, std = transition.mean[:, 0], transition.std[:, 0]
-            if step not in self.plan.trained:
-                x = mean
-                continue
-            if shared:
-                spread = lane_of.to(device)
-                x, mean, std = x[spread], mean[spread], std.expand(len(x), *std.shape[1:])[spread]
-                t, t_next, noise_level = t[spread], t_next[spread], noise_level[spread]
-                guide = _Guide(policy, plan, history.rows(parents))
-                shared = False
-            drawn = normals([key.child("step", step) for key in keys], shape, device)
-            x_next = mean + std * drawn
-            for name, value in zip(STORED, (x, x_next, mean), strict=True):
-                stored[name].append(value)
-            for name, value in (("t", t), ("t_next", t_next), ("noise_level", noise_level)):
-                stored.setdefault(name, []).append(value[:, 0])
-            x = x_next
-        if shared:
-            x = x[lane_of.to(device)]
-        blank = torch.zeros(len(parents), 0, *shape, device=device)
-        columns = torch.zeros(len(parents), 0, device=device)
-        kept = {
-            name: torch.stack(stored[name], 1)
-            if stored.get(name)
-            else (blank if name in STORED else columns)
-            for name in (*STORED, "t", "t_next", "noise_level")
-        }
-        return ImageSegment(**kept, latents=x, images=policy.decode(x, size).clone())
+        policy, device = setup.image_policy, setup.device
+        size, shape = setup.recipe.image.size, policy.latent_shape(setup.recipe.image.size)
+        lanes = _Lanes(parents, shared=setup.recipe.image.noise_scope != "episode")
+        with ThreadPoolExecutor(1) as ahead:  # draws are ready when the device wants them
+            start = ahead.submit(normals, [noise[row] for row in lanes.first], shape, device)
+            draws = {
+                step: ahead.submit(normals, [k.child("step", step) for k in keys], shape, device)
+                for step in trained
+            }
+            x, stored = start.result(), _Trajectory(len(parents), shape, device)
+            guide = _Guide(policy, plan, history.rows(parents[lanes.first]))
+            for step, (now, then) in enumerate(pairwise(plan.times)):
+                level = plan.noise_level if step in trained else 0.0
+                times = tuple(
+                    torch.full((len(x), 1), at, device=device) for at in (now, then, level)
+                )
+                v = guide.velocity(x, times[0])
+                transition = plan.scheduler.transition(v[:, None], x[:, None], *times)
+                mean, std = transition.mean[:, 0], transition.std[:, 0]
+                if step not in trained:
+                    x = mean
+                    continue
+                if lanes.shared:
+                    x, mean, std, *rest = lanes.split(x, mean, std.expand_as(mean), *times)
+                    times = tuple(rest)
+                    guide = _Guide(policy, plan, history.rows(parents))
+                x_next = mean + std * draws[step].result()
+                stored.add(x, x_next, mean, *times)
+                x = x_next
+        (x,) = lanes.split(x)
+        return stored.segment(x, policy.decode(x, size).clone())
 
 
-STORED = ("x_t", "x_next", "old_mean")
+class _Lanes:
+    """Which images are still one: those of a parent, if they start from the same noise."""
+
+    def __init__(self, parents: Tensor, *, shared: bool) -> None:
+        rows = parents if shared else torch.arange(len(parents))
+        _, self.lane = torch.unique_consecutive(rows, return_inverse=True)
+        starts = self.lane.diff(prepend=torch.tensor([-1])).nonzero()[:, 0]
+        self.first: list[int] = starts.tolist()  # an image of each lane
+        self.shared = len(self.first) < len(parents)
+
+    def split(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The values of every lane [lanes, ...] as those of every image, from now on apart."""
+        if not self.shared:
+            return values
+        self.shared = False
+        return tuple(value[self.lane.to(value.device)] for value in values)
+
+
+class _Trajectory:
+    """What is stored at the stochastic steps."""
+
+    names = ("x_t", "x_next", "old_mean", "t", "t_next", "noise_level")
+
+    def __init__(self, rows: int, shape: tuple[int, ...], device: torch.device) -> None:
+        latents, column = torch.zeros(rows, 0, *shape), torch.zeros(rows, 0)
+        empty = (*(latents,) * 3, *(column,) * 3)
+        self.stored = {n: [x.to(device)] for n, x in zip(self.names, empty, strict=True)}
+
+    def add(self, x: Tensor, x_next: Tensor, mean: Tensor, *times: Tensor) -> None:
+        """Latents [B, *], and t, t_next and noise level [B, 1]."""
+        for name, value in zip(self.names, (x, x_next, mean), strict=False):
+            self.stored[name].append(value[:, None])
+        for name, value in zip(self.names[3:], times, strict=True):
+            self.stored[name].append(value)
+
+    def segment(self, latents: Tensor, images: Tensor) -> ImageSegment:
+        joined = {name: torch.cat(values, 1) for name, values in self.stored.items()}
+        return ImageSegment(**joined, latents=latents, images=images)
 
 
 class _Guide:

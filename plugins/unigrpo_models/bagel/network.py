@@ -30,22 +30,22 @@ GEN = "_moe_gen"
 
 @dataclass(frozen=True)
 class Rotary:
-    """cos and sin [R, 1, L, d] (or [R, 1, 1, d]) of the positions of a stream."""
+    """cos and sin [R, 1, L, d] (or [R, 1, 1, d]) of the positions of a stream; the first half of
+    sin is negated, so that the half-split rotation is x * cos + roll(x, d / 2) * sin."""
 
     cos: Tensor
     sin: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, -1)
-        return x * self.cos + torch.cat((-second, first), -1) * self.sin
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
 
 
 def rotary(positions: Tensor, config: LanguageConfig, dtype: torch.dtype) -> Rotary:
     """The half-split rotation for integer positions [R, L]; angles in float32."""
     half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None].float() * config.rope_theta ** (-half / config.head_dim)
-    angles = torch.cat((angles, angles), -1)[:, None]
-    return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return Rotary(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
 
 class RMSNorm(nn.Module):
