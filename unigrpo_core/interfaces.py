@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from unigrpo_core.keys import Key
 from unigrpo_core.records import (
@@ -79,13 +79,13 @@ class Policy(ABC):
         Whatever no expert owns stays frozen."""
 
     @abstractmethod
-    def keep(self, name: Literal["reference", "old"]) -> None:
-        """Remembers the current weights under ``name``, replacing what was kept."""
+    def keep(self, name: str) -> None:
+        """Remembers the current weights under ``name`` ("reference"), replacing what was kept."""
 
     @abstractmethod
-    def weights(self, name: Literal["current", "reference", "old"]) -> AbstractContextManager[None]:
-        """Inside the context the policy computes with the weights kept under ``name``; on leaving
-        it the current ones are back, bit for bit. "current" does nothing."""
+    def weights(self, name: str) -> AbstractContextManager[None]:
+        """Inside the context the policy computes with the weights kept under ``name``, without
+        gradient; on leaving it the current ones are back, bit for bit."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

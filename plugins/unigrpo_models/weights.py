@@ -1,4 +1,4 @@
-"""Kept copies of trainable weights: a frozen reference, or the weights of the rollout."""
+"""Kept copies of trainable weights, such as a frozen reference."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ class WeightSets:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Computes with the weights kept under ``name``; "current" changes nothing."""
-        if name == "current":
-            yield
-            return
+        """Computes with the weights kept under ``name``, without gradient."""
         if name not in self._kept:
             raise KeyError(f"no weights were kept as {name!r}; there are {sorted(self._kept)}")
         self._swap(name)

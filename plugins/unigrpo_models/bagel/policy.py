@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +33,6 @@ COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
-Names = Literal["current", "reference", "old"]
 
 
 class BagelPolicy(TextPolicy, ImageFlowPolicy):
@@ -70,10 +68,10 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
                 experts["image" if _is_image(name) else "text"][name] = parameter
         return experts
 
-    def keep(self, name: Literal["reference", "old"]) -> None:
+    def keep(self, name: str) -> None:
         self._sets.keep(name)
 
-    def weights(self, name: Names) -> AbstractContextManager[None]:
+    def weights(self, name: str) -> AbstractContextManager[None]:
         return self._sets.use(name)
 
     def wrap_units(self) -> tuple[type[nn.Module], ...]:
