@@ -163,14 +163,12 @@ def test_time_embedding(network, golden):
 def test_velocity(network, golden, context, name, case, size):
     ids = text_ids(golden, case, context)
     for k in TIMES:
-        got = velocity(
-            network, golden, ids, size, golden[f"{size}.x_t{k}"], golden["timesteps"][k]
-        )
+        got = velocity(network, golden, ids, size, golden[f"{size}.x_t{k}"], golden["timesteps"][k])
         close(got, golden[name.format(case=case, size=size, k=k)])
 
 
 def test_velocity_of_both_cases_in_one_batch(network, golden):
-    """Texts of different lengths: what is beyond a row's length is hidden, whatever stands there."""
+    """Texts of different lengths: what is beyond a row's length is hidden, whatever it holds."""
     rows = [text_ids(golden, case, "full") for case in CASES]
     lengths, width = [len(row) for row in rows], max(map(len, rows))
     assert lengths[0] != lengths[1]

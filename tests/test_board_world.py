@@ -181,7 +181,7 @@ def solve(prompt):
         shape, words = words[0], words[1:]
     if not words:
         return Scene(count, (colour, shape))
-    relation = [word for word in words[:-3] if word not in ("opposite", "of")][0]
+    relation = next(word for word in words[:-3] if word not in ("opposite", "of"))
     if words[0] == "opposite":
         swap = {"left": "right", "right": "left", "above": "below", "below": "above"}
         relation = swap[relation]
@@ -312,9 +312,7 @@ def test_noise_lowers_quality_and_with_it_the_score_alone():
     noise = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     before = PERFECT
     for level in (0.02, 0.05, 0.08):
-        found = judged(
-            DRAWN, think(DRAWN), change=lambda x, s=level: (x + s * noise).clamp(0, 1)
-        )
+        found = judged(DRAWN, think(DRAWN), change=lambda x, s=level: (x + s * noise).clamp(0, 1))
         assert found["quality"] < before["quality"] - 0.02
         assert found["score"] < before["score"] - 0.02
         assert found["faithfulness"] == pytest.approx(1)

@@ -120,9 +120,7 @@ def test_what_was_stored_is_what_is_compared(
     monkeypatch, tmp_path, checkpoint, tamper, figure, updates
 ):
     with pytest.raises(UserError, match="sampler and trainer disagree") as caught:
-        run_with(
-            monkeypatch, tmp_path, checkpoint, f"updates.count={updates}", tamper=tamper
-        )
+        run_with(monkeypatch, tmp_path, checkpoint, f"updates.count={updates}", tamper=tamper)
     assert figure in str(caught.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

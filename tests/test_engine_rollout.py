@@ -102,9 +102,7 @@ def test_shapes_and_ranges(setup):
     assert len({x.data_ptr() for x in tensors}) == len(tensors)
 
 
-@pytest.mark.parametrize(
-    ("episode", "fan_out", "rows"), [("draw", (3,), 6), ("think", (4,), 8)]
-)
+@pytest.mark.parametrize(("episode", "fan_out", "rows"), [("draw", (3,), 6), ("think", (4,), 8)])
 def test_episodes_of_one_segment(setup, episode, fan_out, rows):
     built = setup(
         f"episode=['{episode}']",
@@ -312,9 +310,7 @@ def test_guided_velocities_are_what_is_integrated(setup):
     v_u = policy.velocity(empty, image.x_t[:, 0], image.t[:, 0])[:, None]
     mean_u = scheduler.transition(v_u, *arguments).mean
     mean_c = image_of(one).old_mean
-    torch.testing.assert_close(
-        image.old_mean, mean_u + 3 * (mean_c - mean_u), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(image.old_mean, mean_u + 3 * (mean_c - mean_u), atol=1e-5, rtol=1e-4)
 
 
 def test_the_clock_knows_the_phases(setup):

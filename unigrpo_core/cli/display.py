@@ -136,12 +136,10 @@ def _before_after(summary: Mapping[str, Any]) -> Table:
 
 
 def _products(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What the run has left, with a word for each."""
     sheets = folder / "sheets"
-    pictures = [sheets / "before-after.png", *sorted(sheets.glob("step-*.png"))[:1]]
-    for picture in pictures:
-        if picture.exists():
-            yield picture, "look at"
-            break
-    yield folder / "metrics.jsonl", "every step"
-    yield folder / "final", "weights"
+    pictures = [sheets / "before-after.png", *sorted(sheets.glob("step-*.png"))]
+    left = [(path, "look at") for path in pictures if path.exists()][:1]
+    left += [(folder / "metrics.jsonl", "every step"), (folder / "final", "weights")]
+    yield from ((path, what) for path, what in left if path.exists())
     yield folder, "run folder"
