@@ -20,6 +20,14 @@ from unigrpo_core.records import FlowStep, Points, Replay, TokenStep
 
 
 @dataclass(frozen=True, eq=False)
+class Velocity:
+    """A micro-batch's velocities, [B, K, *]."""
+
+    guided: Tensor
+    conditional: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Values:
     """Kept values of every context: of the trainer before the first update, or of an anchor."""
 
@@ -46,11 +54,16 @@ class Values:
 
 
 @dataclass(frozen=True, eq=False)
-class Velocity:
-    """A micro-batch's velocities, [B, K, *]."""
+class Kept:
+    """The values that losses compare with."""
 
-    guided: Tensor
-    conditional: Tensor
+    old: Values
+    reference: Values | None
+
+    def anchor(self, name: str) -> Values:
+        kept = self.old if name == "old" else self.reference
+        assert kept is not None
+        return kept
 
 
 class Updater:
@@ -101,18 +114,17 @@ class Updater:
         ]
         everyone = torch.arange(len(data.owner))
         gap = Gap(recipe.compute.precision)
-        old = Values.blank(data)
-        reference = None
-        if self.needs_reference:
-            reference = Values.blank(data)
+        reference = Values.blank(data) if self.needs_reference else None
+        kept = Kept(Values.blank(data), reference)
+        if reference is not None:
             with self.setup.policy.weights("reference"):
                 self._record(data, everyone, reference, None)
         if recipe.updates.data == "disjoint":
             for rows in shares[1:]:
-                self._record(data, rows, old, gap)
+                self._record(data, rows, kept.old, gap)
         metrics: dict[str, float] = {}
         for number, rows in enumerate(shares):
-            metrics = self._update(data, rows, old, reference, gap if number == 0 else None)
+            metrics = self._update(data, rows, kept, gap if number == 0 else None)
         return {**gap.metrics(), **metrics}
 
     @torch.no_grad()
@@ -155,12 +167,7 @@ class Updater:
             gap.image(self.setup.image_objective, points, v.guided.detach())
 
     def _update(
-        self,
-        data: TrainSet,
-        rows: Tensor,
-        old: Values,
-        reference: Values | None,
-        gap: Gap | None,
+        self, data: TrainSet, rows: Tensor, kept: Kept, gap: Gap | None
     ) -> dict[str, float]:
         """One optimizer step on the rows. With ``gap``, it is the rollout's first: its own forward
         gives the old values, and the gap is checked before the step."""
@@ -173,16 +180,14 @@ class Updater:
             logps, v = self._forward(data, batch, points)
             if gap is not None:
                 self._measure(gap, data, batch, points, logps, v)
-                old.put(batch, logps, v)
+                kept.old.put(batch, logps, v)
                 if number == 0 and v is not None and points is not None:
                     self._measure_twice(gap, data, batch, points, v)
             loss = torch.zeros((), device=setup.device)
             if logps is not None:
-                loss = loss + self._text_loss(data, batch, logps, old, reference, text_total, sums)
+                loss = loss + self._text_loss(data, batch, logps, kept, text_total, sums)
             if v is not None and points is not None:
-                loss = loss + self._image_loss(
-                    data, batch, points, v, old, reference, image_total, sums
-                )
+                loss = loss + self._image_loss(data, batch, points, v, kept, image_total, sums)
             if loss.requires_grad:
                 setup.accelerator.backward(loss)
         if gap is not None:
@@ -214,15 +219,14 @@ class Updater:
         data: TrainSet,
         batch: MicroBatch,
         logps: Tensor,
-        old: Values,
-        reference: Values | None,
+        kept: Kept,
         total: Tensor,
         sums: _Sums,
     ) -> Tensor:
         setup, width = self.setup, logps.shape[1]
         assert setup.text_objective is not None
         rows = batch.rows
-        mask, old_logps = data.mask[rows, :width], old.logps[rows, :width]
+        mask, old_logps = data.mask[rows, :width], kept.old.logps[rows, :width]
         values, metrics = setup.text_objective.loss(
             logps, old_logps, mask, data.text_advantages[rows]
         )
@@ -233,9 +237,7 @@ class Updater:
             sums.add(f"text/{name}", (value * weights).sum())
         loss = setup.recipe.text.weight * term
         for item in setup.text_regularizers:
-            kept = old if item.anchor == "old" else reference
-            assert kept is not None
-            step = TokenStep(logps, kept.logps[rows, :width], mask)
+            step = TokenStep(logps, kept.anchor(item.anchor).logps[rows, :width], mask)
             penalty = (item.penalty(step) * weights).sum()
             sums.add(f"text/{item.name}", penalty)
             loss = loss + item.weight * penalty
@@ -247,19 +249,18 @@ class Updater:
         batch: MicroBatch,
         points: Points,
         v: Velocity,
-        old: Values,
-        reference: Values | None,
+        kept: Kept,
         total: Tensor,
         sums: _Sums,
     ) -> Tensor:
         setup, rows, columns = self.setup, batch.rows, batch.columns
         assert setup.image_objective is not None
-        assert old.guided is not None
-        old_v = old.guided[rows, columns]
+        assert kept.old.guided is not None
+        old_v = kept.old.guided[rows, columns]
         points = replace(points, old_mean=points.transition(old_v).mean)
         velocities = {"current": v.guided, "old": old_v}
-        if reference is not None and reference.guided is not None:
-            velocities["reference"] = reference.guided[rows, columns]
+        if kept.reference is not None and kept.reference.guided is not None:
+            velocities["reference"] = kept.reference.guided[rows, columns]
         values, metrics = setup.image_objective.loss(
             points, velocities, data.image_advantages[rows, columns], data.rewards[rows, columns]
         )
@@ -270,21 +271,11 @@ class Updater:
             sums.add(f"image/{name}", (value * weights).sum())
         loss = setup.recipe.image.weight * term
         for item in setup.image_regularizers:
-            kept = old if item.anchor == "old" else reference
-            assert kept is not None
+            anchor = kept.anchor(item.anchor)
             mine = v.guided if item.on == "transition" else v.conditional
-            theirs = kept.guided if item.on == "transition" else kept.conditional
+            theirs = anchor.guided if item.on == "transition" else anchor.conditional
             assert theirs is not None
-            step = FlowStep(
-                v=mine,
-                v_anchor=theirs[rows, columns],
-                x_t=points.x_t,
-                t=points.t,
-                t_next=points.t_next,
-                transition=points.transition(mine),
-                transition_anchor=points.transition(theirs[rows, columns]),
-            )
-            penalty = (item.penalty(step) * weights).sum()
+            penalty = (item.penalty(_step(points, mine, theirs[rows, columns])) * weights).sum()
             sums.add(f"image/{item.name}", penalty)
             loss = loss + item.weight * penalty
         return loss
@@ -310,6 +301,18 @@ class Updater:
         if recipe.optimizer.schedule == "linear":
             pace *= 1 - self.updates / (recipe.steps * recipe.updates.count)
         return pace
+
+
+def _step(points: Points, v: Tensor, v_anchor: Tensor) -> FlowStep:
+    return FlowStep(
+        v=v,
+        v_anchor=v_anchor,
+        x_t=points.x_t,
+        t=points.t,
+        t_next=points.t_next,
+        transition=points.transition(v),
+        transition_anchor=points.transition(v_anchor),
+    )
 
 
 class _Sums:
