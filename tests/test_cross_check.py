@@ -41,7 +41,7 @@ objective = { use = "grpo", clip_range = 0.05 }
 
 [image]
 lr = 2e-3
-objective = { use = "flow_grpo", ratio_norm = true, clip_radius = 5.1e-4 }
+objective = { use = "flow_grpo", ratio_norm = true }
 window = { use = "random", size = 3, range = [0, 5] }
 regularizers = [{ use = "velocity_mse", weight = 0.5 }]
 """
@@ -166,7 +166,9 @@ def is_image(name):
 class Reference:
     """The loss of one update, from the rollout's records and three sets of weights."""
 
-    def __init__(self, built, rollout, rewards):
+    def __init__(self, built, rollout, rewards, old, start):
+        self.old, self.start = old, start
+        self.known = {}
         recipe = built.recipe
         self.recipe, self.codec = recipe, built.policy.codec
         self.text, self.image = text_of(rollout), image_of(rollout)
@@ -220,19 +222,26 @@ class Reference:
         mean = mean + v * (1 + sigma**2 * (1 - t) / (2 * t)) * dt
         return v, conditional, mean, sigma * torch.sqrt(-dt)
 
-    def loss(self, w, old, start, rows):
+    def fixed(self, function, w, *place):
+        """What weights that do not change give at a place, computed once."""
+        name = (function.__name__, id(w), *place)
+        if name not in self.known:
+            self.known[name] = function(w, *place)
+        return self.known[name]
+
+    def loss(self, w, rows):
         """Total and figures for the thoughts ``rows``; ``w`` alone has gradient."""
-        found = {name: 0.0 for name in ("text", "image", *self.penalties)}
+        found = dict.fromkeys(("text", "image", *self.penalties), 0.0)
         advantage = self.advantage(self.text_rewards, self.width)
         clip = self.recipe.text.objective.options.clip_range
         for row in rows:
             logps = self.logps(w, row)
-            ratio = torch.exp(logps - self.logps(old, row))
+            ratio = torch.exp(logps - self.fixed(self.logps, self.old, row))
             a = advantage[row]
             value = -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
             found["text"] = found["text"] + value.mean() / len(rows)
             if "text_kl" in self.penalties:
-                gap = self.logps(start, row) - logps
+                gap = self.fixed(self.logps, self.start, row) - logps
                 found["text_kl"] += (gap.exp() - gap - 1).mean() / len(rows)
         size = self.width * self.per_thought
         by = 1 if self.recipe.image.group_by == "prompt" else self.width
@@ -246,8 +255,10 @@ class Reference:
         for image in images:
             for k in range(steps):
                 v, conditional, mean, std = self.point(seen, image, k)
-                v_start, conditional_start, mean_start, _ = self.point(start, image, k)
-                old_mean = self.point(old, image, k)[2]
+                v_start, conditional_start, mean_start, _ = self.fixed(
+                    self.point, self.start, image, k
+                )
+                old_mean = self.fixed(self.point, self.old, image, k)[2]
                 value = self.flow_value(image, k, mean, old_mean, std, advantage[image])
                 found["image"] = found["image"] + value / count
                 if "velocity_mse" in self.penalties:
@@ -269,7 +280,7 @@ class Reference:
         if options.ratio_norm:
             drift = (old_mean - mean).pow(2).mean()
             log_ratio = std * (log_ratio + drift / (2 * std**2))
-            clip = options.clip_radius / math.sqrt(mean.numel())
+            clip = 5.1e-4 / math.sqrt(mean.numel())
         ratio = torch.exp(log_ratio)
         return -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
 
@@ -310,6 +321,7 @@ CASES = {
         f"image.regularizers=[{{use='velocity_mse', weight=0.5, on='conditional'}}, {KL}]",
         "text.regularizers=[{use='text_kl', weight=0.1}]",
         "image.weight=0.7",
+        "image.window.size=2",
     ),
     "disjoint, two images a thought, context detached": (
         "updates={count=2, data='disjoint'}",
@@ -320,11 +332,15 @@ CASES = {
         "text.temperature=0.7",
         "text.max_tokens=4",
         "text.weight=1.3",
+        "compute.replay_tokens=100",
     ),
-    "repeat, plain ratio": (
+    "repeat, plain ratio, clipped gradients": (
         TWICE,
-        "image.objective={use='flow_grpo', clip_range=1e-4}",
+        "image.objective.ratio_norm=false",
+        "image.objective.clip_range=1e-3",
         f"image.regularizers=[{KL}]",
+        "image.window={use='fixed', steps=[0, 3]}",
+        "optimizer.max_grad_norm=0.1",
     ),
 }
 
@@ -358,30 +374,49 @@ def test_losses_and_gradients_are_those_of_the_formulas(case, tmp_path):
     updater.optimizer.step = recorded
     metrics = updater(data)
 
-    reference = Reference(built, rollout, scores.total)
     rows = list(range(len(text_of(rollout).tokens)))
     old = seen[0][0]
+    reference = Reference(built, rollout, scores.total, old, start)
     for number, (before, gradient) in enumerate(seen):
         w = {name: x.clone().requires_grad_() for name, x in before.items()}
         half = len(rows) // 2
         mine = rows
-        if recipe.updates.count == 2 and recipe.updates.data == "disjoint":
+        if recipe.updates.data == "disjoint" and recipe.updates.count == 2:
             mine = rows[number * half : (number + 1) * half]
-        loss, figures = reference.loss(w, old, start, mine)
-        loss.backward()
-        compare(gradient, {name: x.grad for name, x in w.items()})
-    print(metrics, {n: float(x) for n, x in figures.items()})
+        total, figures = reference.loss(w, mine)
+        total.backward()
+        norms = compare(gradient, {n: x.grad for n, x in w.items()}, recipe.optimizer.max_grad_norm)
+    assert len(seen) == recipe.updates.count
+    names = {"text": "text/loss", "image": "image/loss", "text_kl": "text/text_kl"}
+    for name, value in figures.items():
+        shown = metrics[names.get(name, f"image/{name}")]
+        assert shown == pytest.approx(float(value.detach()), rel=2e-6, abs=1e-7), name
+    assert metrics["text/grad_norm"] == pytest.approx(norms[0], rel=1e-5)
+    assert metrics["image/grad_norm"] == pytest.approx(norms[1], rel=1e-5)
+    if len(seen) == 2:
+        assert 0 < metrics["text/clip_fraction"] < 1
+        assert 0 < metrics["image/clip_fraction"] < 1
+        moved(seen, {False: recipe.text.lr, True: recipe.image.lr})
 
 
-def compare(gradient, expected):
-    for expert in (False, True):
-        names = [n for n in sorted(expected) if is_image(n) == expert]
-        total = math.sqrt(sum(float(expected[n].pow(2).sum()) for n in names if expected[n] is not None))
-        print("expert image" if expert else "text", total, "engine", math.sqrt(sum(float(gradient[n].pow(2).sum()) for n in names if gradient[n] is not None)))
+def compare(gradient, expected, bound):
+    """Every weight's gradient, clipped expert by expert; returns the norms before clipping."""
+    norms = []
+    for image in (False, True):
+        names = [n for n in sorted(expected) if is_image(n) == image]
+        norm = math.sqrt(sum(float(expected[n].square().sum()) for n in names))
         for n in names:
-            e, g = expected[n], gradient[n]
-            if e is None or g is None:
-                print("  none", n, e is None, g is None, None if e is None else float(e.norm()))
-                continue
-            d = float((e - g).norm())
-            if d > 1e-4 * float(e.norm()) + 1e-6 * total: print("  ", n, d, float(e.norm()))
+            clipped = expected[n] * min(1.0, bound / norm)
+            away = float((gradient[n] - clipped).norm())
+            assert away <= 2e-5 * float(clipped.norm()) + 2e-6 * min(norm, bound), n
+        norms.append(norm)
+    return norms
+
+
+def moved(seen, rates):
+    """The first step of Adam moves a weight by its rate against the gradient's sign."""
+    (before, gradient), (after, _) = seen
+    for name, g in gradient.items():
+        if name in before:
+            step = -rates[is_image(name)] * g / (g.abs() + 1e-8)
+            assert (after[name] - before[name] - step).abs().max() <= 1e-6, name

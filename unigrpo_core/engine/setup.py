@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from unigrpo_core.engine.allocator import keep_freed_memory
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.interfaces import (
     Advantage,
@@ -121,6 +122,8 @@ def build_setup(resolved: Resolved, tracking: Path | None = None) -> Setup:
     if recipe.compute.threads:
         torch.set_num_threads(recipe.compute.threads)
     accelerator = choose_device(recipe.compute.device, tracking)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     place = Placement(
         accelerator.device, PRECISIONS[recipe.compute.precision], frozenset(recipe.train)
     )

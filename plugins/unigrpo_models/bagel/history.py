@@ -19,20 +19,20 @@ class BagelHistory(History):
     and what is beyond is never read. The next image block stands at position ``lengths[b]``."""
 
     caches: tuple[LayerCache, ...]  # per layer k, v [B, Hk, capacity, d]
-    lengths: tuple[int, ...]
+    ids: tuple[tuple[int, ...], ...]  # the text of every row
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.ids)
 
     @property
-    def capacity(self) -> int:
-        return self.caches[0][0].shape[2]
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(row) for row in self.ids)
 
     def rows(self, index: Tensor) -> Self:
         places = index.tolist()
         index = index.to(self.caches[0][0].device)
         caches = tuple((k[index], v[index]) for k, v in self.caches)
-        return type(self)(caches, tuple(self.lengths[i] for i in places))
+        return type(self)(caches, tuple(self.ids[i] for i in places))
 
     def grown(self, capacity: int) -> Self:
         """A copy with that many slots."""
@@ -42,18 +42,18 @@ class BagelHistory(History):
             new[:, :, : old.shape[2]] = old
             return new
 
-        return type(self)(tuple((copy(k), copy(v)) for k, v in self.caches), self.lengths)
+        return type(self)(tuple((copy(k), copy(v)) for k, v in self.caches), self.ids)
 
-    def trimmed(self, lengths: tuple[int, ...]) -> Self:
-        """The same slots with new lengths, cut where no row reaches."""
-        width = max(lengths)
+    def filled(self, ids: tuple[tuple[int, ...], ...]) -> Self:
+        """The same slots as those of longer texts, cut where no row reaches."""
+        width = max(len(row) for row in ids)
         caches = tuple(
             (k[:, :, :width].contiguous(), v[:, :, :width].contiguous()) for k, v in self.caches
         )
-        return type(self)(caches, lengths)
+        return type(self)(caches, ids)
 
 
 def empty_history(config: LanguageConfig, rows: int, device: torch.device) -> BagelHistory:
     """The history of nothing."""
     nothing = torch.zeros(rows, config.num_key_value_heads, 0, config.head_dim, device=device)
-    return BagelHistory(((nothing, nothing),) * config.num_hidden_layers, (0,) * rows)
+    return BagelHistory(((nothing, nothing),) * config.num_hidden_layers, ((),) * rows)

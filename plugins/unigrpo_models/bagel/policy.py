@@ -19,12 +19,12 @@ from unigrpo_core.keys import Key, uniforms
 from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Sampling, TextSegment
 from unigrpo_models.bagel.config import BagelConfig
+from unigrpo_models.bagel.decoding import decode_texts
 from unigrpo_models.bagel.history import BagelHistory, empty_history
 from unigrpo_models.bagel.latents import latent_shape, unpatchify
 from unigrpo_models.bagel.network import BagelNetwork, Layer
 from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
 from unigrpo_models.bagel.tokens import Codec, pad
-from unigrpo_models.sampling import draw_tokens, scaled_logits
 from unigrpo_models.weights import WeightSets
 
 WEIGHTS = "ema.safetensors"
@@ -98,10 +98,13 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
 
     @torch.inference_mode()
     def open(self, prompts: Sequence[Prompt]) -> BagelHistory:
-        rows = [self.codec.context(prompt) for prompt in prompts]
+        return self._read([self.codec.context(prompt) for prompt in prompts])
+
+    def _read(self, rows: Sequence[Sequence[int]]) -> BagelHistory:
+        """The history of texts, in one causal pass."""
         with self._autocast():
             _, caches = self.network.text(pad(rows, self.codec.eos, self.place.device))
-        return BagelHistory(tuple(caches), tuple(len(row) for row in rows))
+        return BagelHistory(tuple(caches), tuple(tuple(row) for row in rows))
 
     @torch.inference_mode()
     def branches(self, history: History, names: Sequence[str]) -> Mapping[str, BagelHistory]:
@@ -112,68 +115,32 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
             raise UserError(f'bagel has no unconditional context {name!r}; it has "text"')
         if not self.codec.system:
             return empty_history(self.network.config.llm, rows, self.place.device)
-        with self._autocast():
-            _, caches = self.network.text(
-                torch.tensor([self.codec.system] * rows, device=self.place.device)
-            )
-        return BagelHistory(tuple(caches), (len(self.codec.system),) * rows)
+        return self._read([self.codec.system] * rows)
 
     @torch.no_grad()
     def write(
         self, history: History, sampling: Sampling, keys: Sequence[Key]
     ) -> tuple[TextSegment, BagelHistory]:
         assert isinstance(history, BagelHistory)
-        rows, limit, device = len(history), sampling.max_tokens, self.place.device
-        longest = max(history.lengths) + limit + 2  # the thought between [bos] and [eos]
-        if longest > self.codec.max_length:
+        limit, longest = sampling.max_tokens, max(history.lengths)
+        room = longest + limit + 2  # the thought between [bos] and [eos]
+        if room > self.codec.max_length:
             raise UserError(
-                f"a prompt of {max(history.lengths)} tokens and a thought of {limit} take a "
-                f"context of {longest}; the model's ends at {self.codec.max_length}: lower "
-                "text.max_tokens"
+                f"a prompt of {longest} tokens and a thought of {limit} take a context of {room}; "
+                f"the model's ends at {self.codec.max_length}: lower text.max_tokens"
             )
-        uniform = uniforms([key.child("token") for key in keys], limit, device)
-        grown = history.grown(longest)
-        caches = list(grown.caches)
-        lengths = torch.tensor(history.lengths, device=device)
-        visible = torch.arange(longest, device=device) < lengths[:, None]
-        padding = torch.zeros(rows, 1, 1, longest, device=device)
-        padding.masked_fill_(~visible[:, None, None], float("-inf"))
-        tokens = torch.full((rows, limit), self.codec.eos, device=device)
-        mask = torch.zeros(rows, limit, dtype=torch.bool, device=device)
-        logps = torch.zeros(rows, limit, device=device)
-        each = torch.arange(rows, device=device)
-        feed = torch.full((rows,), self.codec.bos, device=device)
-        active = torch.ones(rows, dtype=torch.bool, device=device)
-        closing = torch.zeros_like(active)
-        width = max(history.lengths)
-        for turn in range(limit + 2):
-            width += 1
-            padding[each, 0, 0, lengths] = torch.where(active, 0.0, float("-inf"))
-            with self._autocast():
-                hidden = self.network.step(feed, lengths, caches, padding[..., :width])
-                logits = self.network.language_model.lm_head(hidden)
-            lengths = lengths + active
-            active = active & ~closing
-            if not bool(active.any()):
-                break
-            if turn == limit:  # cut off: the text is closed by an end that is not scored
-                feed = torch.full_like(feed, self.codec.eos)
-                closing = active
-                continue
-            logits = scaled_logits(logits, self._allowed, sampling.temperature)
-            drawn = draw_tokens(logits, uniform[:, turn])
-            feed = torch.where(active, drawn, self.codec.eos)
-            closing = active & (feed == self.codec.eos)
-            tokens[:, turn], mask[:, turn] = feed, active
-            chosen = logits.gather(1, feed[:, None])[:, 0] - logits.logsumexp(1)
-            logps[:, turn] = torch.where(active, chosen, 0.0)
-        used = int(mask.sum(1).max())
-        tokens, mask, logps = tokens[:, :used], mask[:, :used], logps[:, :used]
-        texts = tuple(
-            self.codec.decode([i for i, sampled in zip(row, kept, strict=True) if sampled])
-            for row, kept in zip(tokens.tolist(), mask.tolist(), strict=True)
-        )
-        return TextSegment(tokens, mask, logps, texts), grown.trimmed(tuple(lengths.tolist()))
+        uniform = uniforms([key.child("token") for key in keys], limit, self.place.device)
+        grown = history.grown(room)
+        with self._autocast():
+            segment = decode_texts(
+                self.network, self.codec, grown, self._allowed, uniform, sampling.temperature
+            )
+        thoughts = self.codec.thoughts(segment.tokens.tolist(), segment.mask.tolist())
+        ids = tuple((*a, *b) for a, b in zip(history.ids, thoughts, strict=True))
+        # In float32 the keys and values of single steps are those of one pass, up to rounding. In
+        # a coarser type that rounding is felt, so the image gets what the trainer will compute.
+        exact = self.place.compute == torch.float32
+        return segment, grown.filled(ids) if exact else self._read(ids)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         return latent_shape(self.network.config.latent, size)

@@ -26,12 +26,8 @@ class ReplayRoot(nn.Module):
         device = batch.tokens.device
         with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
             contexts = [self.codec.context(prompt) for prompt in batch.prompts]
-            rows = [
-                context + self._thought(tokens, mask)
-                for context, tokens, mask in zip(
-                    contexts, batch.tokens.tolist(), batch.mask.tolist(), strict=True
-                )
-            ]
+            thoughts = self.codec.thoughts(batch.tokens.tolist(), batch.mask.tolist())
+            rows = [[*a, *b] for a, b in zip(contexts, thoughts, strict=True)]
             hidden, caches = self.network.text(pad(rows, self.codec.eos, device))
             logps = self._logps(batch, [len(context) for context in contexts], hidden)
             if batch.x_t is None or batch.t is None:
@@ -40,14 +36,6 @@ class ReplayRoot(nn.Module):
             velocities = self._velocities(batch, caches, lengths)
             branches = {name: self._branch(batch, name) for name in batch.branches}
         return Replay(logps, velocities, branches)
-
-    def _thought(self, tokens: list[int], mask: list[bool]) -> list[int]:
-        """The sampled thought as it stands in the sampler's cache: closed if it was cut off."""
-        if not mask:
-            return []
-        ids = [token for token, sampled in zip(tokens, mask, strict=True) if sampled]
-        closing = [] if ids and ids[-1] == self.codec.eos else [self.codec.eos]
-        return [self.codec.bos, *ids, *closing]
 
     def _logps(self, batch: ReplayBatch, starts: list[int], hidden: Tensor) -> Tensor:
         if not batch.want_logps:

@@ -87,6 +87,20 @@ class Codec:
             )
         return ids
 
+    def thoughts(
+        self, tokens: Sequence[Sequence[int]], mask: Sequence[Sequence[bool]]
+    ) -> list[list[int]]:
+        """Sampled thoughts as they stand in the text: begun, and closed if they were cut off; empty
+        where there is no room for one."""
+        closed = []
+        for row, kept in zip(tokens, mask, strict=True):
+            ids = [token for token, sampled in zip(row, kept, strict=True) if sampled]
+            if kept:
+                ids = [self.bos, *ids]
+                ids += [] if ids[-1] == self.eos else [self.eos]
+            closed.append(ids)
+        return closed
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode([i for i in ids if i != self.eos])).strip()
 
@@ -99,9 +113,19 @@ class Codec:
         return mask.to(device)
 
 
+COMMON = 128
+
+
 def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    """int64 [B, L], padded on the right."""
+    """int64 [B, L], padded on the right.
+
+    Under autocast L is the next multiple of 128 above the longest row: how a row is rounded depends
+    on its width and on whether anything is masked, and in a coarse type sampler and trainer agree
+    only where they share both.
+    """
     width = max((len(row) for row in rows), default=0)
+    if torch.is_autocast_enabled(device.type):
+        width += COMMON - width % COMMON
     padded = [[*row, *[value] * (width - len(row))] for row in rows]
     return torch.tensor(padded, dtype=torch.int64, device=device).view(len(rows), width)
 
