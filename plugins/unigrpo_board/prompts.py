@@ -8,6 +8,8 @@ from unigrpo_core.keys import Key
 from unigrpo_core.plugin import Options, Provider
 from unigrpo_core.records import Prompt
 
+TRIES = 20  # draws per held-out prompt asked for, before no further text is expected
+
 
 class BoardPrompts(PromptSource):
     """Prompts of the embedded world; a composition (count, kind, relation, other kind) is on one
@@ -21,12 +23,12 @@ class BoardPrompts(PromptSource):
 
     def held_out(self, count: int) -> tuple[Prompt, ...]:
         found: dict[str, Prompt] = {}
-        number = 0
-        while len(found) < count:
+        for number in range(TRIES * count):
+            if len(found) == count:
+                break
             key = Key(("board", "held out", number))
             prompt = _prompt(f"held-out-{number}", key, held_out=True)
             found.setdefault(prompt.text, prompt)
-            number += 1
         return tuple(found.values())
 
 

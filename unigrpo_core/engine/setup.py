@@ -151,7 +151,7 @@ def build_setup(resolved: Resolved, tracking: Path | None = None) -> Setup:
             for slot in image.regularizers
             if train_image and slot.weight
         ),
-        window=_optional(image.window) if train_image else None,
+        window=_optional(image.window) if "draw" in recipe.episode else None,
         training=_denoising(policy, recipe, image.scheduler, image.guidance),
         evaluation=_denoising(
             policy, recipe, recipe.evaluation.scheduler, recipe.evaluation.guidance

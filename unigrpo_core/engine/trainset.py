@@ -73,7 +73,6 @@ class TrainSet:
         rows = batch.rows.to(self.tokens.device)
         mask = self.mask[rows]
         width = int(mask.sum(1).max()) if mask.numel() else 0
-        denoising = setup.training
         return ReplayBatch(
             prompts=tuple(self.prompts[row] for row in batch.rows.tolist()),
             tokens=self.tokens[rows, :width],
@@ -82,9 +81,17 @@ class TrainSet:
             want_logps=want_logps,
             x_t=None if points is None else points.x_t,
             t=None if points is None else points.t,
-            branches=() if points is None or denoising is None else denoising.guidance.branches,
+            branches=_branches(setup, points),
             context_gradient=setup.recipe.image.context_gradient,
         )
+
+
+def _branches(setup: Setup, points: Points | None) -> tuple[str, ...]:
+    """The unconditional contexts that guidance needs at these points."""
+    if points is None or setup.training is None:
+        return ()
+    guidance = setup.training.guidance
+    return guidance.branches if bool(guidance.active(points.t).any()) else ()
 
 
 def build_train_set(

@@ -53,6 +53,18 @@ class Values:
             self.conditional[batch.rows, batch.columns] = v.conditional.detach()
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a forward is made for."""
+
+    text: bool = True
+    image: bool = True
+
+    @property
+    def any(self) -> bool:
+        return self.text or self.image
+
+
 @dataclass(frozen=True, eq=False)
 class Kept:
     """The values that losses compare with."""
@@ -95,12 +107,12 @@ class Updater:
                     fused=setup.device.type in ("cpu", "cuda"),
                 ),
             )
-        anchors = {item.anchor for item in setup.text_regularizers}
-        anchors |= {item.anchor for item in setup.image_regularizers}
-        self.needs_reference = "reference" in anchors or (
-            setup.image_objective is not None and "reference" in setup.image_objective.needs
+        self.reference = _Wanted(
+            text=any(item.anchor == "reference" for item in setup.text_regularizers),
+            image=any(item.anchor == "reference" for item in setup.image_regularizers)
+            or (setup.image_objective is not None and "reference" in setup.image_objective.needs),
         )
-        if self.needs_reference:
+        if self.reference.any:
             setup.policy.keep("reference")
 
     def __call__(self, data: TrainSet) -> dict[str, float]:
@@ -114,34 +126,38 @@ class Updater:
         ]
         everyone = torch.arange(len(data.owner))
         gap = Gap(recipe.compute.precision)
-        reference = Values.blank(data) if self.needs_reference else None
+        reference = Values.blank(data) if self.reference.any else None
         kept = Kept(Values.blank(data), reference)
         if reference is not None:
             with self.setup.policy.weights("reference"):
-                self._record(data, everyone, reference, None)
+                self._record(data, everyone, reference, self.reference, None)
         if recipe.updates.data == "disjoint":
             for rows in shares[1:]:
-                self._record(data, rows, kept.old, gap)
+                self._record(data, rows, kept.old, _Wanted(), gap)
         metrics: dict[str, float] = {}
         for number, rows in enumerate(shares):
             metrics = self._update(data, rows, kept, gap if number == 0 else None)
         return {**gap.metrics(), **metrics}
 
     @torch.no_grad()
-    def _record(self, data: TrainSet, rows: Tensor, into: Values, gap: Gap | None) -> None:
-        """Fills in the values of rows by forwards without gradient."""
+    def _record(
+        self, data: TrainSet, rows: Tensor, into: Values, wanted: _Wanted, gap: Gap | None
+    ) -> None:
+        """Fills in the wanted values of rows by forwards without gradient."""
         for batch in data.micro_batches(rows, self.setup.recipe.compute.replay_tokens):
-            points = data.part(batch)
-            logps, v = self._forward(data, batch, points)
+            points = data.part(batch) if wanted.image else None
+            logps, v = self._forward(data, batch, points, wanted)
             into.put(batch, logps, v)
             if gap is not None:
                 self._measure(gap, data, batch, points, logps, v)
 
     def _forward(
-        self, data: TrainSet, batch: MicroBatch, points: Points | None
+        self, data: TrainSet, batch: MicroBatch, points: Points | None, wanted: _Wanted
     ) -> tuple[Tensor | None, Velocity | None]:
         setup = self.setup
-        want_logps = batch.counts_text and setup.text_objective is not None
+        want_logps = wanted.text and batch.counts_text and setup.text_objective is not None
+        if points is None and not want_logps:
+            return None, None
         replay: Replay = self.root(data.replay_batch(setup, batch, points, want_logps=want_logps))
         v = None
         if replay.velocities is not None and points is not None and setup.training is not None:
@@ -177,7 +193,7 @@ class Updater:
             data.micro_batches(rows, setup.recipe.compute.replay_tokens)
         ):
             points = data.part(batch)
-            logps, v = self._forward(data, batch, points)
+            logps, v = self._forward(data, batch, points, _Wanted())
             if gap is not None:
                 self._measure(gap, data, batch, points, logps, v)
                 kept.old.put(batch, logps, v)
@@ -210,7 +226,7 @@ class Updater:
     ) -> None:
         assert self.setup.image_objective is not None
         with torch.no_grad():
-            _, again = self._forward(data, batch, points)
+            _, again = self._forward(data, batch, points, _Wanted(text=False))
         assert again is not None
         gap.own(self.setup.image_objective, points, v.guided.detach(), again.guided)
 

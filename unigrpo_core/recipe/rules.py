@@ -161,7 +161,7 @@ def _groups(recipe: Recipe) -> Broke:
 
 def _window(recipe: Recipe) -> Broke:
     window, scheduler = recipe.image.window, recipe.image.scheduler
-    if "image" in recipe.train and window and scheduler:
+    if "draw" in recipe.episode and window and scheduler:
         try:
             _built(window, ("image", "window")).count(scheduler.steps)
         except ValueError as error:

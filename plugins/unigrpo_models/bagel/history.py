@@ -35,11 +35,12 @@ class BagelHistory(History):
         return type(self)(caches, tuple(self.ids[i] for i in places))
 
     def grown(self, capacity: int) -> Self:
-        """A copy with that many slots."""
+        """A copy with that many slots, which hold every row and more."""
+        width = max(self.lengths)
 
         def copy(old: Tensor) -> Tensor:
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, : old.shape[2]] = old
+            new[:, :, :width] = old[:, :, :width]
             return new
 
         return type(self)(tuple((copy(k), copy(v)) for k, v in self.caches), self.ids)

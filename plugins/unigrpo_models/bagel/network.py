@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -258,7 +258,7 @@ class BagelNetwork(nn.Module):
 
     @property
     def layers(self) -> list[Layer]:
-        return [layer for layer in self.transformer.layers if isinstance(layer, Layer)]
+        return cast("list[Layer]", list(self.transformer.layers))
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.transformer.embed_tokens.weight)

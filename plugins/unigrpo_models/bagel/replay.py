@@ -49,7 +49,8 @@ class ReplayRoot(nn.Module):
             self.codec.allowed(hidden.device),
             batch.temperature,
         )
-        chosen = logits.gather(2, batch.tokens[..., None])[..., 0]
+        tokens = batch.tokens.masked_fill(~batch.mask, self.codec.eos)
+        chosen = logits.gather(2, tokens[..., None])[..., 0]
         logps = chosen - logits.logsumexp(2)
         return torch.where(batch.mask, logps, 0.0)
 
