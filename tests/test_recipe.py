@@ -198,7 +198,7 @@ def test_paths_count_from_the_file_that_states_them(load, tmp_path, monkeypatch)
         ("rewards = []", (2, "rewards", "Array should have at least 1 item")),
         ("rewards = 3", (2, "rewards", "should be an array of tables, got 3")),
         ('rewards = [\n"x"]', (3, "rewards.0", "should be a table such as { use")),
-        ('[compute]\ndevice = "gpu"', (3, "compute.device", "should be auto, cpu, mps, cuda or")),
+        ('[compute]\ndevice = "gpu"', (3, "compute.device", "should be auto, cpu, cuda or cuda:N")),
         ("[text]\ngroup_by = 'siblings'", (3, "text.group_by", "should be 'prompt', got")),
         (
             "[[text.regularizers]]\nuse = 'text_kl'\nweight = 1\non = 'conditional'",

@@ -31,7 +31,7 @@ DRAW = ('episode=["draw"]', 'train=["image"]', "group.fan_out=[12]")
         (),
         THINK,
         DRAW,
-        ('train=["text"]', "image.scheduler.noise_level=0", "image.scheduler.steps=2"),
+        ('train=["text"]', "image.scheduler.noise_level=0"),
         ('train=["text"]', "image.scheduler={use='ode', steps=8}"),
         ("image.objective.use=forward", "image.scheduler={use='ode', steps=8}"),
         ("train=[]", "steps=0"),

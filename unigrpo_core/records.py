@@ -85,11 +85,12 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class RewardBatch:
-    """What a reward sees: B episodes. ``thoughts`` are empty strings and ``images`` is None where
-    the episode has none. ``keys`` are unique per episode (seed, step, prompt, path)."""
+    """What a reward sees: B episodes. ``thoughts`` and ``images`` are None where the episode has no
+    such segment; a thought of an episode that thinks may be empty. ``keys`` are unique per episode
+    (seed, step, prompt, path)."""
 
     prompts: tuple[Prompt, ...]
-    thoughts: tuple[str, ...]
+    thoughts: tuple[str, ...] | None
     images: Tensor | None  # float32 [B, 3, H, W] in [0, 1]
     keys: tuple[str, ...]
 

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class BoardVerifier(Reward):
     """Reads the board off the image; see :mod:`unigrpo_board.verifier` for the formulas.
 
-    Its details are the thought's score (0 without a thought), the faithfulness of the image to the
-    thought, and the drawing quality (mean over the nine cells), each in [0, 1].
+    Its details are the drawing quality (mean over the nine cells) and, where the episode thinks,
+    the thought's score (0 for an empty one) and the faithfulness of the image to the thought, each
+    in [0, 1].
     """
 
-    reads: ClassVar = frozenset({"metadata", "thought", "image"})
+    reads: ClassVar = frozenset({"metadata", "image"})
     range: ClassVar = (0.0, 1.0)
 
     def score(self, batch: RewardBatch) -> Tensor:
@@ -42,7 +43,7 @@ class BoardVerifier(Reward):
 
         scenes, readings = _read(batch)
         found = {"quality": [reading.quality for reading in readings]}
-        if any(batch.thoughts):
+        if batch.thoughts is not None:
             rows = list(zip(scenes, batch.thoughts, readings, strict=True))
             found["thought"] = [thought_score(scene, thought) for scene, thought, _ in rows]
             found["faithfulness"] = [faithfulness(thought, seen) for _, thought, seen in rows]
@@ -51,10 +52,16 @@ class BoardVerifier(Reward):
 
 def _read(batch: RewardBatch) -> tuple[list[Scene], list[Reading]]:
     from unigrpo_board.scene import Scene
-    from unigrpo_board.verifier import read
+    from unigrpo_board.verifier import SIDE, read
 
     if batch.images is None:
         raise UserError("board_verifier reads images, but the episode draws none")
+    height, width = batch.images.shape[2:]
+    if (height, width) != (SIDE, SIDE):
+        raise UserError(
+            f"board_verifier reads images of {SIDE} x {SIDE} pixels, but image.size is "
+            f"[{height}, {width}]"
+        )
     try:
         scenes = [Scene.from_metadata(prompt.metadata) for prompt in batch.prompts]
     except KeyError as error:

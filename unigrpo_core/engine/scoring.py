@@ -11,6 +11,8 @@ from torch import Tensor
 
 from unigrpo_core.engine.setup import NamedReward, Setup
 from unigrpo_core.errors import PluginError, UserError
+from unigrpo_core.recipe import Recipe
+from unigrpo_core.recipe.schema import EXPERT_OF
 from unigrpo_core.records import ImageSegment, RewardBatch, Rollout, TextSegment
 
 T = TypeVar("T")
@@ -36,18 +38,18 @@ def episodes(rollout: Rollout, label: str) -> RewardBatch:
     last = len(rollout.segments) - 1
     count = len(rollout.parents[last])
     prompts = rollout.ancestors(last, -1).tolist()
-    thoughts: list[str] = [""] * count
+    thoughts: tuple[str, ...] | None = None
     images: Tensor | None = None
     for level, segment in enumerate(rollout.segments):
         rows = rollout.ancestors(last, level) if level < last else torch.arange(count)
         if isinstance(segment, TextSegment):
-            thoughts = [segment.texts[row] for row in rows.tolist()]
+            thoughts = tuple(segment.texts[row] for row in rows.tolist())
         elif isinstance(segment, ImageSegment):
             images = segment.images[rows.to(segment.images.device)]
     group = count // len(rollout.prompts)
     return RewardBatch(
         prompts=tuple(rollout.prompts[row] for row in prompts),
-        thoughts=tuple(thoughts),
+        thoughts=thoughts,
         images=images,
         keys=tuple(
             f"{label}/{rollout.prompts[row].id}/{i % group}" for i, row in enumerate(prompts)
@@ -67,7 +69,8 @@ def score(rewards: tuple[NamedReward, ...], batch: RewardBatch, *, details: bool
         columns.append(_column(item, batch))
         if details:
             for name, values in _call(item, item.reward.details, batch).items():
-                further[f"{item.name}/{name}"] = values.float().cpu()
+                said = f"reward {item.name!r} of {item.origin} returned for detail {name!r}"
+                further[f"{item.name}/{name}"] = _floats(said, values, batch)
     weights = torch.tensor(
         [item.weight if item.reward.higher_is_better else -item.weight for item in rewards]
     )
@@ -86,24 +89,28 @@ def _call(item: NamedReward, method: Callable[[RewardBatch], T], batch: RewardBa
 
 
 def _column(item: NamedReward, batch: RewardBatch) -> Tensor:
-    values: object = _call(item, item.reward.score, batch)
-    who = f"reward {item.name!r} of {item.origin}"
+    said = f"reward {item.name!r} of {item.origin} returned"
+    values = _floats(said, _call(item, item.reward.score, batch), batch)
+    low, high = item.reward.range
+    outside = values[(values < low - 1e-5) | (values > high + 1e-5)]
+    if len(outside):
+        raise PluginError(f"{said} {outside[0].item():.4g}, outside of its range [{low}, {high}]")
+    return values
+
+
+def _floats(said: str, values: object, batch: RewardBatch) -> Tensor:
+    """What a reward returned as float32 [B] on the CPU; ``said`` begins the message if it is not
+    one finite number per episode."""
     if not isinstance(values, Tensor) or values.shape != (len(batch),):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise PluginError(f"{who} returned {got}, expected a float tensor of ({len(batch)},)")
+        raise PluginError(f"{said} {got}, expected a float tensor of ({len(batch)},)")
     values = values.detach().float().cpu()
     bad = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
     if bad:
         prompt = batch.prompts[bad[0]]
         raise PluginError(
-            f"{who} returned {values[bad[0]].item()} for {len(bad)} of {len(batch)} episodes, "
+            f"{said} {values[bad[0]].item()} for {len(bad)} of {len(batch)} episodes, "
             f"first for prompt {prompt.id!r}: {prompt.text[:80]!r}"
-        )
-    low, high = item.reward.range
-    outside = values[(values < low - 1e-5) | (values > high + 1e-5)]
-    if len(outside):
-        raise PluginError(
-            f"{who} returned {outside[0].item():.4g}, outside of its range [{low}, {high}]"
         )
     return values
 
@@ -114,27 +121,48 @@ def advantages(setup: Setup, rollout: Rollout, scores: Scores, level: int) -> Te
     recipe, advantage = setup.recipe, setup.advantage
     assert advantage is not None
     assert recipe.advantage is not None
-    by = recipe.image.group_by if recipe.episode[level] == "draw" else recipe.text.group_by
-    group_level = -1 if by == "prompt" else level - 1
-    last, rows = len(rollout.segments) - 1, len(rollout.parents[level])
-    owner = rollout.ancestors(last, level) if level < last else torch.arange(rows)
-
-    def descend(values: Tensor) -> Tensor:
-        sums = torch.zeros(rows, *values.shape[1:], dtype=torch.float64)
-        sums.index_add_(0, owner, values.double())
-        counts = torch.bincount(owner, minlength=rows).double()
-        return (sums / counts.view(-1, *[1] * (values.dim() - 1))).float()
-
+    last, above = len(rollout.segments) - 1, _group_level(recipe, level)
     if recipe.advantage.descendants == "mean_then_normalize":
-        group = rollout.ancestors(level, group_level)
-        valid = torch.ones(rows, dtype=torch.bool)
-        return advantage(descend(scores.values), scores.weights, group, valid)
-    group = rollout.ancestors(last, group_level)
+        group = rollout.ancestors(level, above)
+        valid = torch.ones(len(group), dtype=torch.bool)
+        means = _descendants(rollout, scores.values, level).float()
+        return advantage(means, scores.weights, group, valid)
+    group = rollout.ancestors(last, above)
     valid = torch.ones(len(group), dtype=torch.bool)
-    return descend(advantage(scores.values, scores.weights, group, valid))
+    found = advantage(scores.values, scores.weights, group, valid)
+    return _descendants(rollout, found, level).float()
 
 
-def equal_groups(rollout: Rollout, scores: Scores) -> float:
-    """The share of prompts whose episodes all have the same total reward: they teach nothing."""
-    group = scores.total.view(len(rollout.prompts), -1)
-    return float((group.max(1).values - group.min(1).values < 1e-8).float().mean())
+def equal_groups(recipe: Recipe, rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """For each trained expert the share of its groups whose segments all have the same total
+    reward, each the mean over the episodes that descend from it: they teach it nothing."""
+    found: dict[str, list[Tensor]] = {}
+    for level, segment in enumerate(recipe.episode):
+        if EXPERT_OF[segment] not in recipe.train:
+            continue
+        means = _descendants(rollout, scores.total, level)
+        _, group = torch.unique(
+            rollout.ancestors(level, _group_level(recipe, level)), return_inverse=True
+        )
+        blank = torch.zeros(int(group.max()) + 1, dtype=means.dtype)
+        highest = blank.scatter_reduce(0, group, means, "amax", include_self=False)
+        lowest = blank.scatter_reduce(0, group, means, "amin", include_self=False)
+        found.setdefault(EXPERT_OF[segment], []).append(highest - lowest < 1e-8)
+    return {f"{who}/equal_groups": float(torch.cat(x).double().mean()) for who, x in found.items()}
+
+
+def _group_level(recipe: Recipe, level: int) -> int:
+    """The level whose rows are the groups of a segment; -1: the prompts."""
+    by = recipe.image.group_by if recipe.episode[level] == "draw" else recipe.text.group_by
+    return -1 if by == "prompt" else level - 1
+
+
+def _descendants(rollout: Rollout, values: Tensor, level: int) -> Tensor:
+    """float64 [E_level, ...]: the mean of the episodes' values [E, ...] over those that descend
+    from each row of a segment."""
+    last, rows = len(rollout.segments) - 1, len(rollout.parents[level])
+    owner = rollout.ancestors(last, level)
+    sums = torch.zeros(rows, *values.shape[1:], dtype=torch.float64)
+    sums.index_add_(0, owner, values.double())
+    counts = torch.bincount(owner, minlength=rows).double()
+    return sums / counts.view(-1, *[1] * (values.dim() - 1))

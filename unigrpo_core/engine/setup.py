@@ -80,6 +80,7 @@ class Setup:
 
     recipe: Recipe
     accelerator: Accelerator
+    device: torch.device
     policy: Policy
     source: PromptSource
     rewards: tuple[NamedReward, ...]
@@ -91,11 +92,6 @@ class Setup:
     window: Window | None
     training: Denoising | None
     evaluation: Denoising | None
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
 
     @property
     def text_policy(self) -> TextPolicy:
@@ -115,18 +111,36 @@ def build_setup(resolved: Resolved, tracking: Path | None = None) -> Setup:
     TensorBoard events will go.
 
     Raises:
-        UserError: a device, file or checkpoint that is not there or does not fit.
+        UserError: a device, file or checkpoint that is not there or does not fit, or a reward that
+            reads what the episode does not have.
         PluginError: a component that cannot be built.
     """
     recipe = resolved.recipe
+    source: PromptSource = recipe.source.build()
+    rewards = _rewards(recipe)
+    _check_reads(recipe, rewards)
+    return with_policy(recipe, source, rewards, tracking)
+
+
+def with_policy(
+    recipe: Recipe,
+    source: PromptSource,
+    rewards: tuple[NamedReward, ...],
+    tracking: Path | None = None,
+) -> Setup:
+    """Builds the rest, the policy first; with no reward and nothing to train that is what
+    sampling takes.
+
+    Raises:
+        UserError: a device, file or checkpoint that is not there or does not fit.
+        PluginError: a component that cannot be built.
+    """
     if recipe.compute.threads:
         torch.set_num_threads(recipe.compute.threads)
-    accelerator = choose_device(recipe.compute.device, tracking)
-    if accelerator.device.type == "cpu":
+    accelerator, device = choose_device(recipe.compute.device, tracking)
+    if device.type == "cpu":
         keep_freed_memory()
-    place = Placement(
-        accelerator.device, PRECISIONS[recipe.compute.precision], frozenset(recipe.train)
-    )
+    place = Placement(device, PRECISIONS[recipe.compute.precision], frozenset(recipe.train))
     policy: Policy = recipe.policy.build(place)
     if recipe.start:
         policy.load(Path(recipe.start) / "final")
@@ -135,10 +149,11 @@ def build_setup(resolved: Resolved, tracking: Path | None = None) -> Setup:
     setup = Setup(
         recipe=recipe,
         accelerator=accelerator,
+        device=device,
         policy=policy,
-        source=recipe.source.build(),
-        rewards=_rewards(recipe),
-        advantage=_optional(recipe.advantage),
+        source=source,
+        rewards=rewards,
+        advantage=_optional(recipe.advantage) if recipe.train else None,
         text_objective=_optional(text.objective) if train_text else None,
         text_regularizers=tuple(
             TextRegularizer(slot.use, slot.weight, slot.anchor, slot.build())
@@ -161,34 +176,58 @@ def build_setup(resolved: Resolved, tracking: Path | None = None) -> Setup:
     return setup
 
 
-def choose_device(wanted: str, tracking: Path | None) -> Accelerator:
-    """An accelerator on the wanted device, or on the best there is.
+def choose_device(wanted: str, tracking: Path | None) -> tuple[Accelerator, torch.device]:
+    """An accelerator and the device: the wanted one; for ``auto`` CUDA if there is any, else the
+    CPU.
 
     Raises:
-        UserError: the device is not here, or the run is spread over several processes.
+        UserError: the device is not here, this process already works on another, or the launch
+            asks for what training does not do.
     """
-    kind = wanted.partition(":")[0]
-    present = {
-        "auto": True,
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not present[kind]:
-        raise UserError(f"compute.device is {wanted!r}, but torch finds none here; try 'auto'")
-    if kind == "cuda" and ":" in wanted:
-        torch.cuda.set_device(wanted)
-    accelerator = Accelerator(
-        cpu=kind == "cpu",
-        mixed_precision="no",
-        log_with=None if tracking is None else "tensorboard",
-        project_dir=tracking,
-    )
+    device = _device(wanted)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no",
+            log_with=None if tracking is None else "tensorboard",
+            project_dir=tracking,
+        )
+    except ValueError as error:
+        raise UserError(f"compute.device is {wanted!r}, but accelerate says: {error}") from error
+    kept: torch.device = accelerator.device
+    if kept.type != device.type or kept.index not in (None, device.index):
+        raise UserError(
+            f"compute.device is {wanted!r}, but accelerate keeps this process on {kept}; start "
+            "another process, without ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE"
+        )
     if accelerator.num_processes > 1:
         raise UserError(
             f"launched as {accelerator.num_processes} processes; training runs in one for now"
         )
-    return accelerator
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            "accelerate would divide gradients by "
+            f"{accelerator.gradient_accumulation_steps} accumulation steps, but an update is one "
+            "step here; unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+        )
+    return accelerator, device
+
+
+def _device(wanted: str) -> torch.device:
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind, _, index = wanted.partition(":")
+    if kind == "cpu" or (kind == "auto" and not present):
+        return torch.device("cpu")
+    if not present:
+        raise UserError(f"compute.device is {wanted!r}, but torch finds none here; try 'auto'")
+    number = int(index) if index else torch.cuda.current_device()
+    if number >= present:
+        raise UserError(
+            f"compute.device is {wanted!r}, but the last one here is 'cuda:{present - 1}'"
+        )
+    return torch.device("cuda", number)
 
 
 def _optional(slot: Slot | None) -> Any:
@@ -220,6 +259,20 @@ def _draws(policy: Policy, recipe: Recipe) -> ImageFlowPolicy:
     if not isinstance(policy, ImageFlowPolicy):
         raise PluginError(f"policy {recipe.policy.use!r} draws no images, as the episode does")
     return policy
+
+
+READS = {"thought": "think", "image": "draw"}  # what a reward may read, and the segment it is in
+
+
+def _check_reads(recipe: Recipe, rewards: tuple[NamedReward, ...]) -> None:
+    """Whether the episode has what the rewards read."""
+    for item in rewards:
+        for part, segment in READS.items():
+            if part in item.reward.reads and segment not in recipe.episode:
+                raise UserError(
+                    f"reward {item.name!r} of {item.origin} reads the {part}, but the episode "
+                    f"{list(recipe.episode)} has no {segment!r} segment"
+                )
 
 
 def _check_policy(setup: Setup) -> None:

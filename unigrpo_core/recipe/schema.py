@@ -262,8 +262,9 @@ class Evaluation(Table):
 class Compute(Table):
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto, cpu, mps, cuda or cuda:N",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda or cuda:N; auto is cuda if there is any, else cpu (mps lacks "
+        "the float64 that sampling needs)",
     )
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="the type models compute in; trained weights are float32"
