@@ -97,7 +97,7 @@ class Example:
 
 def example(rng: np.random.Generator, *, wrong_thoughts: float, wrong_images: float) -> Example:
     """One row of training compositions; the image follows the thought, right or wrong."""
-    scene = draw_scene(rng, held_out=False)
+    scene = draw_scene(rng, lambda scene: scene.trained)
     shown = misread(scene, rng) if rng.random() < wrong_thoughts else scene
     objects = lay_out(shown, rng)
     drawn = spoil(objects, rng) if rng.random() < wrong_images else objects
@@ -122,7 +122,7 @@ def misread(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def spoil(objects: list[Placed], rng: np.random.Generator) -> list[Placed]:
-    """The objects with one of them dropped, recoloured or reshaped."""
+    """The objects with one of them dropped, recoloured or reshaped (perhaps to what it was)."""
     chosen = int(rng.integers(len(objects)))
     item = objects[chosen]
     kept = objects[:chosen] + objects[chosen + 1 :]
@@ -216,9 +216,10 @@ def training_loss(policy: BagelPolicy, rows: list[Example], rng: np.random.Gener
 
 
 def follow(policy: BagelPolicy, count: int = 96) -> tuple[float, float]:
-    """Faithfulness and quality of images drawn under given, correct thoughts on held-out scenes."""
+    """Faithfulness and quality of images drawn under given, correct thoughts of scenes that are not
+    trained."""
     rng = Key(("board", "probe")).generator()
-    scenes = [draw_scene(rng, held_out=True) for _ in range(count)]
+    scenes = [draw_scene(rng, lambda scene: not scene.trained) for _ in range(count)]
     thoughts = [think(lay_out(scene, rng)) for scene in scenes]
     codec = policy.codec
     rows = [codec.wrap(say(s, rng)) + codec.wrap(t) for s, t in zip(scenes, thoughts, strict=True)]

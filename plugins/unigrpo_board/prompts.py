@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from unigrpo_board.scene import Scene, draw_scene, say
 from unigrpo_core.interfaces import PromptSource
 from unigrpo_core.keys import Key
@@ -12,12 +14,12 @@ TRIES = 20  # draws per held-out prompt asked for, before no further text is exp
 
 
 class BoardPrompts(PromptSource):
-    """Prompts of the embedded world; a composition (count, kind, relation, other kind) is on one
-    side of the split only, however it is worded."""
+    """Prompts of the embedded world. A composition (count, kind, relation, other kind) is on one
+    side of the split only, however it is worded, and no held-out one's mirror image is trained."""
 
     def train(self, seed: int, start: int, count: int) -> tuple[Prompt, ...]:
         return tuple(
-            _prompt(f"train-{number}", Key((seed, "board", "train", number)), held_out=False)
+            _prompt(f"train-{number}", Key((seed, "board", "train", number)), _trained)
             for number in range(start, start + count)
         )
 
@@ -27,14 +29,22 @@ class BoardPrompts(PromptSource):
             if len(found) == count:
                 break
             key = Key(("board", "held out", number))
-            prompt = _prompt(f"held-out-{number}", key, held_out=True)
+            prompt = _prompt(f"held-out-{number}", key, _held_out)
             found.setdefault(prompt.text, prompt)
         return tuple(found.values())
 
 
-def _prompt(name: str, key: Key, *, held_out: bool) -> Prompt:
+def _trained(scene: Scene) -> bool:
+    return scene.trained
+
+
+def _held_out(scene: Scene) -> bool:
+    return scene.held_out
+
+
+def _prompt(name: str, key: Key, wanted: Callable[[Scene], bool]) -> Prompt:
     rng = key.generator()
-    scene: Scene = draw_scene(rng, held_out=held_out)
+    scene = draw_scene(rng, wanted)
     return Prompt(name, say(scene, rng), scene.metadata())
 
 

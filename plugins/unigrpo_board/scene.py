@@ -10,7 +10,7 @@ Words are separated by single blanks; there is no plural and no punctuation.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -66,10 +66,20 @@ class Scene:
     other: Kind | None = None
 
     @property
-    def held_out(self) -> bool:
-        """Whether this composition is kept from every training prompt, whatever its wording."""
+    def trained(self) -> bool:
+        """Whether training prompts may ask for this composition, whatever their wording."""
         digest = blake2b(repr((self.count, self.kind, self.relation, self.other)).encode())
-        return digest.digest()[0] % HELD_OUT_SHARE == 0
+        return digest.digest()[0] % HELD_OUT_SHARE != 0
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no training prompt asks for this composition, nor for its mirror image: one A
+        left of a B is one B right of an A. What has a trained mirror image is on neither side."""
+        if self.trained:
+            return False
+        if self.count != 1 or self.relation is None or self.other is None:
+            return True
+        return not Scene(1, self.other, OPPOSITE[self.relation], self.kind).trained
 
     def wanted(self) -> Counter[Kind]:
         kinds = Counter({self.kind: self.count})
@@ -111,8 +121,8 @@ def _stands(cell: int, relation: str, other: int) -> bool:
     }[relation]
 
 
-def draw_scene(rng: np.random.Generator, *, held_out: bool) -> Scene:
-    """A scene of the wanted side of the split."""
+def draw_scene(rng: np.random.Generator, wanted: Callable[[Scene], bool]) -> Scene:
+    """A random scene among those wanted, such as ``lambda scene: scene.trained``."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     while True:
         count = int(rng.integers(1, 4))
@@ -121,7 +131,7 @@ def draw_scene(rng: np.random.Generator, *, held_out: bool) -> Scene:
             scene = Scene(count, first, str(rng.choice(list(SAID))), second)
         else:
             scene = Scene(count, first)
-        if scene.held_out == held_out:
+        if wanted(scene):
             return scene
 
 
