@@ -24,6 +24,7 @@ from unigrpo_core.records import (
     Sampling,
     TextSegment,
     TokenStep,
+    Transition,
 )
 
 if TYPE_CHECKING:
@@ -156,18 +157,6 @@ class ImageReader(Policy):
 
 
 # --- methods ----------------------------------------------------------------------------------
-
-
-class Transition(ABC):
-    """The distribution of x_next given x_t; Gaussian, a point mass where ``std`` is 0."""
-
-    mean: Tensor  # float32 [B, K, *]
-    std: Tensor  # float32, broadcastable to mean: [B, K, 1, ...]
-
-    @abstractmethod
-    def log_ratio(self, x_next: Tensor, old_mean: Tensor) -> Tensor:
-        """[B, K]: log p(x_next | mean) - log p(x_next | old_mean), mean over latent elements,
-        computed without subtracting two log-probs. Requires std > 0."""
 
 
 class Scheduler(ABC):

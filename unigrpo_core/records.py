@@ -7,14 +7,13 @@ from t=1 (noise) to t=0 (data); the velocity is v = noise - data.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from unigrpo_core.interfaces import Transition
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,18 @@ class RewardBatch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+
+class Transition(ABC):
+    """The distribution of x_next given x_t; Gaussian, a point mass where ``std`` is 0."""
+
+    mean: Tensor  # float32 [B, K, *]
+    std: Tensor  # float32, broadcastable to mean: [B, K, 1, ...]
+
+    @abstractmethod
+    def log_ratio(self, x_next: Tensor, old_mean: Tensor) -> Tensor:
+        """[B, K]: log p(x_next | mean) - log p(x_next | old_mean), mean over latent elements,
+        computed without subtracting two log-probs. Requires std > 0."""
 
 
 @dataclass(frozen=True, eq=False)

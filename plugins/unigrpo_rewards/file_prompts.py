@@ -183,9 +183,15 @@ def build(options: FilePromptsOptions) -> FilePrompts:
     return FilePrompts(tuple(line.prompt for line in lines), tuple(line.prompt for line in held))
 
 
+def notes(options: FilePromptsOptions) -> Sequence[str]:
+    paths = filter(None, (options.path, options.held_out_path))
+    return [f"the prompts are not there yet: {path}" for path in paths if not Path(path).is_file()]
+
+
 PROVIDER = Provider(
     name="file",
     options=FilePromptsOptions,
     build=build,
+    notes=notes,
     summary="prompts of a .txt or .jsonl file, shuffled anew each epoch; some held out",
 )

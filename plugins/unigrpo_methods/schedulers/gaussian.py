@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from unigrpo_core.interfaces import Transition
+from unigrpo_core.records import Transition
 
 if TYPE_CHECKING:
     from torch import Tensor
