@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 from unigrpo_core import cli
+from unigrpo_core.cli.display import Lines, Live, progress_on
 from unigrpo_core.recipe import shipped_titles
 
 BRIEF = (
@@ -44,7 +47,6 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     out, code = folder / "run", 0
     from contextlib import redirect_stdout
-    from io import StringIO
 
     with redirect_stdout(StringIO()) as printed:
         code = cli.main(
@@ -114,6 +116,65 @@ def test_plain_lines_when_it_is_no_terminal(finished):
     table = printed[printed.index("before") :]
     assert re.search(r"board_verifier\W+0\.\d{3}\W+0\.\d{3}\W+[+-]0\.\d{3}", table)
     assert str(out) in table.replace("\n", "")
+
+
+FIGURES = {
+    "reward": 0.4312, "text/clip_fraction": 0.03, "image/clip_fraction": 0.21,
+    "gap/text_mean": 3e-7, "gap/image_log_ratio": 2e-9, "image/velocity_mse": 1.2e-5,
+    "text/equal_groups": 0.25, "image/equal_groups": 0.0, "tokens": 1872, "images": 144,
+}  # fmt: skip
+SHOWN = (
+    "reward 0.431  held-out board_verifier 0.445  gap text 3e-07  image 2e-09  text clip 0.03  "
+    "image clip 0.21  velocity_mse 1.2e-05  936 tokens/s  72 images/s"
+)
+
+FIGURE_WORDS = {*SHOWN.split()}
+
+
+class Recipe:
+    """What the display reads of a resolved recipe and its setup."""
+
+    name = "no_cfg_mse"
+    title = device = precision = ""
+    steps, train = 60, ("text",)
+
+    @property
+    def recipe(self):
+        return self
+
+    compute = recipe
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_live_display_shows_every_figure(width, tmp_path):
+    console = Console(width=width, file=StringIO(), force_terminal=True, color_system=None)
+    live = Live(progress_on(console))
+    live.started(Recipe(), tmp_path, Recipe())
+    live.evaluated(0, {"board_verifier": 0.445})
+    live.stepped(12, FIGURES, {"text_s": 2.0, "image_s": 2.0})
+    with console.capture() as captured:
+        console.print(live.progress.get_renderable())
+    rows = captured.get().splitlines()
+    assert all(len(row) <= width for row in rows)
+    text = " ".join(" ".join(rows).split())
+    assert "\u2026" not in text
+    assert re.search(r"^\S* ?\S* step 12/60 left \d+ s", " ".join(rows[0].split()))
+    assert all(text.split().count(word) == SHOWN.split().count(word) for word in FIGURE_WORDS)
+    assert len(rows) <= 6
+
+
+def test_the_time_left_counts_from_after_the_first_evaluation(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    lines = Lines(Console(width=200, quiet=True))
+    lines.started(Recipe(), tmp_path, Recipe())
+    now[0] = 1000.0
+    lines.evaluated(0, {})
+    now[0] = 1010.0
+    assert lines.left(10) == "left 50 s"
+    lines.evaluated(10, {})
+    now[0] = 1030.0
+    assert lines.left(20) == "left 60 s"
 
 
 def test_the_sheets_are_pictures_of_the_expected_size(finished):
@@ -286,6 +347,63 @@ def test_sample_says_which_word_it_does_not_know(finished, unigrpo, tmp_path):
     assert "the model does not know 'zebra'" in err
     assert "circle" in err
     assert not picture.exists()
+
+
+def test_sample_builds_neither_rewards_nor_the_source(finished, unigrpo, tmp_path, monkeypatch):
+    """A reward may be a model of its own, or a file that is gone."""
+    from unigrpo_core.recipe.schema import PromptsSlot, RewardSlot
+
+    def never(*_):
+        raise AssertionError("sampling does not need it")
+
+    monkeypatch.setattr(RewardSlot, "build", never)
+    monkeypatch.setattr(PromptsSlot, "build", never)
+    out, _ = finished
+    code, _, err = unigrpo("sample", out, WORDS, "--count", 1, "--out", tmp_path / "a.png")
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("place", ["a.xyz", "plain", "file/a.png", "folder.png"])
+def test_sample_refuses_a_place_that_it_cannot_write(
+    finished, unigrpo, tmp_path, place, monkeypatch
+):
+    out, _ = finished
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("unigrpo_core.engine.draw.with_policy", None)  # nothing is loaded for it
+    code, printed, err = unigrpo("sample", out, WORDS, "--out", tmp_path / place)
+    assert (code, printed) == (1, "")
+    assert str(tmp_path / place) in err
+    assert "a bug" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_sample_refuses_an_empty_prompt(finished, unigrpo, tmp_path, prompt):
+    code, _, err = unigrpo("sample", finished[0], prompt, "--out", tmp_path / "a.png")
+    assert code == 2
+    assert "the prompt is empty" in err
+
+
+def test_sample_takes_a_folder_of_any_name_and_overrides(finished, unigrpo, tmp_path):
+    """A run made on another device can be sampled on this one."""
+    import shutil
+
+    run = tmp_path / 'a "quoted" run\\of \u00fcs'
+    shutil.copytree(finished[0], run)
+    recipe = run / "recipe.toml"
+    assert 'device = "cpu"' in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace('device = "cpu"', 'device = "cuda:999"'))
+    picture = tmp_path / "a.png"
+    code, _, err = unigrpo("sample", run, WORDS, "--count", 1, "--out", picture)
+    assert code == 1
+    assert "'cuda:999'" in err
+    code, _, err = unigrpo(
+        "sample", run, WORDS, "--count", 1, "--out", picture, "--set", "compute.device=cpu"
+    )
+    assert (code, err) == (0, "")
+    assert picture.exists()
 
 
 def test_sample_of_what_is_no_run(unigrpo, tmp_path):

@@ -113,7 +113,7 @@ def test_episodes_of_one_segment(setup, episode, fan_out, rows):
     batch = episodes(rollout, "label")
     assert len(batch) == rows
     assert (batch.images is None) == (episode == "think")
-    assert any(batch.thoughts) == (episode == "think")
+    assert (batch.thoughts is None) == (episode == "draw")
     assert rollout.ancestors(0, -1).tolist() == [0] * fan_out[0] + [1] * fan_out[0]
 
 

@@ -96,12 +96,27 @@ def test_rewards_count_by_their_weight(branching):
 
 def test_equal_groups_are_counted_and_teach_nothing(branching):
     values = [0.3] * 6 + EPISODES[6:]
-    assert equal_groups(forest(), scores(values)) == 0.5
-    assert equal_groups(forest(), scores(EPISODES)) == 0.0
+    assert shares(branching(), values) == {"text/equal_groups": 0.5, "image/equal_groups": 0.5}
+    assert shares(branching(), EPISODES) == {"text/equal_groups": 0.0, "image/equal_groups": 0.0}
     for level, rows in ((0, 2), (1, 6)):
         got = advantages(branching(), forest(), scores(values), level)
         assert got[:rows].eq(0).all()
         assert got[rows:].ne(0).any()
+
+
+def shares(setup_, values):
+    return equal_groups(setup_.recipe, forest(), scores(values))
+
+
+def test_equal_groups_are_those_of_each_expert(branching):
+    """Thoughts have equal means though their images differ, and the other way round."""
+    means = [0.1, 0.5, 0.3, 0.5, 0.3, 0.1, *EPISODES[6:]]
+    assert shares(branching(), means) == {"text/equal_groups": 0.5, "image/equal_groups": 0.0}
+    siblings = [0.2] * 3 + [0.9] * 3 + EPISODES[6:]
+    assert shares(branching(), siblings) == {"text/equal_groups": 0.0, "image/equal_groups": 0.0}
+    built = branching("image.group_by='siblings'")
+    assert shares(built, siblings) == {"text/equal_groups": 0.0, "image/equal_groups": 0.5}
+    assert shares(branching("train=['image']"), means) == {"image/equal_groups": 0.0}
 
 
 # --- rewards ----------------------------------------------------------------------------------
@@ -133,6 +148,24 @@ def test_a_faulty_reward_of_weight_0_stops_the_run_too(setup):
     built = setup("rewards=[{use='random'}, {use='faulty', fault='nan', weight=0.0}]")
     with pytest.raises(PluginError, match="faulty"):
         score(built.rewards, batch_of(built), details=False)
+
+
+@pytest.mark.parametrize(
+    ("detail", "message"),
+    [
+        (torch.zeros(5), r"detail 'extra' \(5,\), expected .*\(6,\)"),
+        (torch.zeros(6, 1), r"detail 'extra' \(6, 1\), expected .*\(6,\)"),
+        (torch.tensor([0.0] * 5 + [float("inf")]), "detail 'extra' inf for 1 of 6 .* prompt 'p1'"),
+        ([0.0] * 6, r"detail 'extra' list, expected .*\(6,\)"),
+    ],
+)
+def test_a_faulty_detail_is_named_with_its_reward(setup, monkeypatch, detail, message):
+    built = setup("rewards=[{use='word'}]")
+    monkeypatch.setattr(
+        type(built.rewards[0].reward), "details", lambda self, batch: {"extra": detail}
+    )
+    with pytest.raises(PluginError, match=f"reward 'word' of tiny-tests 0.1 .*{message}"):
+        score(built.rewards, batch_of(built), details=True)
 
 
 def test_scores_have_a_column_per_reward_and_names_of_their_own(setup):

@@ -148,6 +148,20 @@ def test_wrong_options(given: dict[str, object], message: str) -> None:
         file_prompts.FilePromptsOptions.model_validate(given)
 
 
+def test_check_says_which_file_is_missing(tmp_path: Path) -> None:
+    there = write(tmp_path, "a.txt", "one")
+
+    def notes(**given: str) -> list[str]:
+        options = file_prompts.FilePromptsOptions.model_validate(given)
+        assert file_prompts.PROVIDER.notes is not None
+        return list(file_prompts.PROVIDER.notes(options))
+
+    gone = str(tmp_path / "gone.txt")
+    assert notes(path=there) == []
+    assert notes(path=gone) == [f"the prompts are not there yet: {gone}"]
+    assert notes(path=there, held_out_path=gone) == [f"the prompts are not there yet: {gone}"]
+
+
 def test_a_relative_path_counts_from_the_recipe() -> None:
     options = file_prompts.FilePromptsOptions.model_validate(
         {"path": "p.txt", "held_out_path": "h.txt"},

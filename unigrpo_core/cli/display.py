@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column, Table
 
 from unigrpo_core.engine.loop import Reporter
 from unigrpo_core.engine.setup import Setup
@@ -24,16 +24,23 @@ def choose_reporter() -> Iterator[Reporter]:
     if not console.is_terminal:
         yield Lines(Console(highlight=False, width=200, soft_wrap=True))
         return
-    progress = Progress(
+    with progress_on(console) as progress:
+        yield Live(progress)
+
+
+def progress_on(console: Console) -> Progress:
+    """The progress line: what is short and fixed first, then the figures, folded to what is left
+    of the width."""
+    rest = Column(ratio=1, overflow="fold")
+    return Progress(
+        BarColumn(16),
         TextColumn("step"),
         MofNCompleteColumn(),
-        BarColumn(20),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[figures]}", markup=False, table_column=rest),
         console=console,
+        expand=True,
     )
-    with progress:
-        yield Live(progress)
 
 
 class Lines(Reporter):
@@ -57,11 +64,18 @@ class Lines(Reporter):
         )
 
     def stepped(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        left = (time.perf_counter() - self.began) / step * (self.steps - step)
         figures = "  ".join(_figures(metrics, timing, self.latest))
-        self.console.print(f"step {step}/{self.steps}  {figures}  left {left:.0f} s", markup=False)
+        left = self.left(step)
+        self.console.print(f"step {step}/{self.steps}  {figures}  {left}", markup=False)
+
+    def left(self, step: int) -> str:
+        """The time that the remaining steps will take, at the pace since the first evaluation."""
+        seconds = (time.perf_counter() - self.began) / step * (self.steps - step)
+        return f"left {seconds:.0f} s"
 
     def evaluated(self, step: int, means: Mapping[str, float]) -> None:
+        if step == 0:
+            self.began = time.perf_counter()
         self.latest = dict(means)
         shown = "  ".join(f"{_short(name)} {value:.3f}" for name, value in means.items())
         self.console.print(f"held-out prompts at step {step}:  {shown}", markup=False)
@@ -83,7 +97,7 @@ class Live(Lines):
     def __init__(self, progress: Progress) -> None:
         super().__init__(progress.console)
         self.progress = progress
-        self.task = progress.add_task("train", total=None, figures="evaluating")
+        self.task = progress.add_task("train", total=None, left="", figures="evaluating")
 
     def started(self, resolved: Resolved, folder: Path, setup: Setup) -> None:
         super().started(resolved, folder, setup)
@@ -91,7 +105,8 @@ class Live(Lines):
 
     def stepped(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
         figures = "  ".join(_figures(metrics, timing, self.latest))
-        self.progress.update(self.task, completed=step, figures=figures)
+        left = self.left(step)
+        self.progress.update(self.task, completed=step, left=left, figures=figures)
 
 
 def _figures(
@@ -109,7 +124,7 @@ def _figures(
     for expert in ("text", "image"):
         if f"{expert}/clip_fraction" in metrics:
             yield f"{expert} clip {metrics[f'{expert}/clip_fraction']:.2f}"
-    known = ("loss", "clip_fraction", "ratio_deviation", "grad_norm")
+    known = ("loss", "clip_fraction", "ratio_deviation", "grad_norm", "equal_groups")
     for key, value in metrics.items():
         expert, _, name = key.partition("/")
         if expert in ("text", "image") and name not in known:
@@ -129,8 +144,8 @@ def _before_after(summary: Mapping[str, Any]) -> Table:
     table.add_column("mean of")
     for heading in ("before", "after", "gain"):
         table.add_column(heading, justify="right")
-    for name, before in summary["before"].items():
-        after, gain = summary["after"][name], summary["gain"][name]
+    for name, gain in summary["gain"].items():
+        before, after = summary["before"][name], summary["after"][name]
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{gain:+.3f}")
     return table
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli.text import add_set
 from unigrpo_core.errors import UsageError
-from unigrpo_core.recipe import load_recipe
+from unigrpo_core.recipe import load_recipe, toml_value
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -27,22 +28,29 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="the picture; default: RUN/samples/N.png"
     )
+    add_set(parser)
     parser.set_defaults(handler=sample)
 
 
 def sample(arguments: argparse.Namespace) -> int:
     if arguments.count < 1:
         raise UsageError(f"--count is {arguments.count}, expected 1 or more")
+    if not arguments.prompt.strip():
+        raise UsageError("the prompt is empty")
     recipe = arguments.run / "recipe.toml"
     if not recipe.is_file():
         raise UsageError(f"{arguments.run} is no run folder: it has no recipe.toml")
-    start = f'start="{arguments.run.resolve()}"'
-    resolved = load_recipe(recipe, load_catalog(), ["train=[]", "steps=0", start])
+    start = f"start={toml_value(str(arguments.run.resolve()))}"
+    overrides = [*arguments.set, "train=[]", "steps=0", start]
+    resolved = load_recipe(recipe, load_catalog(), overrides)
     from unigrpo_core.engine.draw import draw_samples
 
     out = arguments.out or _next_picture(arguments.run / "samples")
-    for thought in draw_samples(resolved, arguments.prompt, arguments.count, arguments.seed, out):
-        print(f"thinks: {thought}" if thought else "draws without thinking")
+    thoughts = draw_samples(resolved, arguments.prompt, arguments.count, arguments.seed, out)
+    if thoughts is None:
+        print("draws without thinking")
+    for thought in thoughts or ():
+        print(f"thinks: {thought or '(an empty thought)'}")
     print(f"picture: {out}")
     return 0
 

@@ -2,32 +2,70 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from unigrpo_core.engine.checks import check_finite
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import episodes
-from unigrpo_core.engine.setup import build_setup
+from unigrpo_core.engine.setup import with_policy
 from unigrpo_core.engine.sheet import Card, pixels, write_sheet
+from unigrpo_core.errors import UserError
+from unigrpo_core.interfaces import PromptSource
 from unigrpo_core.keys import Key
 from unigrpo_core.recipe import Resolved
 from unigrpo_core.records import Prompt
 
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
-def draw_samples(resolved: Resolved, text: str, count: int, seed: int, out: Path) -> list[str]:
-    """Writes a sheet of ``count`` episodes for the prompt and returns their thoughts.
+
+class Given(PromptSource):
+    """No source but one prompt, which is all that sampling takes."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+
+    def train(self, seed: int, start: int, count: int) -> tuple[Prompt, ...]:
+        return (self.prompt,) * count
+
+    def held_out(self, count: int) -> tuple[Prompt, ...]:
+        return (self.prompt,)[:count]
+
+
+def draw_samples(
+    resolved: Resolved, text: str, count: int, seed: int, out: Path
+) -> list[str] | None:
+    """Writes a sheet of ``count`` episodes for the prompt and returns their thoughts, None if the
+    recipe's episode does not think. Rewards and the recipe's source are not built.
 
     Raises:
-        UserError: the policy does not understand the prompt.
+        UserError: ``out`` cannot be written, or the policy does not understand the prompt.
     """
-    setup = build_setup(resolved)
+    _check_place(out)
     prompt = Prompt("sample", text)
+    setup = with_policy(resolved.recipe, Given(prompt), ())
     setup.policy.prompt_tokens(prompt)
     fan_out = (count, *(1 for _ in resolved.recipe.episode[1:]))
     rollout = sample(setup, [prompt], Plan(fan_out, setup.evaluation), Key((seed, "sample")))
+    check_finite(rollout)
     batch = episodes(rollout, "sample")
     cards = [
-        Card(text, thought, None if batch.images is None else pixels(batch.images[row]), ())
-        for row, thought in enumerate(batch.thoughts)
+        Card(
+            text,
+            None if batch.thoughts is None else batch.thoughts[row],
+            None if batch.images is None else pixels(batch.images[row]),
+            (),
+        )
+        for row in range(len(batch))
     ]
     write_sheet(out, f"{resolved.name}, seed {seed}", [("samples", cards)])
-    return list(batch.thoughts)
+    return None if batch.thoughts is None else list(batch.thoughts)
+
+
+def _check_place(out: Path) -> None:
+    """Whether a picture can be written there, before a model is loaded; leaves nothing behind."""
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"{out} names no picture; end it in {', '.join(FORMATS)}")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{out} cannot be written; choose another place with --out")

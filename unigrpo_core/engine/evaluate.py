@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unigrpo_core.engine.checks import check_finite
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import Scores, episodes, score
 from unigrpo_core.engine.setup import Setup
@@ -29,9 +30,15 @@ class Evaluated:
 
 
 def evaluate(setup: Setup, count: int) -> Evaluated:
-    """Scores the first ``count`` held-out prompts. The draws are the same in every run."""
+    """Scores the first ``count`` held-out prompts. The draws are the same in every run.
+
+    Raises:
+        UserError: the model has diverged.
+        PluginError: a reward failed.
+    """
     prompts = setup.source.held_out(count)
     plan = Plan((1,) * len(setup.recipe.episode), setup.evaluation)
     rollout = sample(setup, prompts, plan, Key(("evaluation",)))
+    check_finite(rollout)
     batch = episodes(rollout, "evaluation")
     return Evaluated(batch, score(setup.rewards, batch, details=True))

@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,29 +25,40 @@ from unigrpo_core.recipe import Resolved
 LIBRARIES = ("torch", "transformers", "accelerate", "diffusers", "numpy", "pluggy", "pydantic")
 
 
-class RunFolder:
-    """Fills one run's folder.
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes ``path``.
 
     Raises:
-        UserError: the folder is not empty.
+        UserError: the system does not let it be written: a full disk, a missing right.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+class RunFolder:
+    """Fills one run's folder. Whatever of it writes raises a UserError when that fails.
+
+    Raises:
+        UserError: the folder is not empty, or cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        try:
+            free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        if not free:
             raise UserError(f"{path} is not an empty folder; choose another with --out")
 
     def create(self, resolved: Resolved) -> None:
-        """Makes the folder and writes what will run, before it runs.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        try:
+        """Makes the folder and writes what will run, before it runs."""
+        with writing(self.path):
             (self.path / "sheets").mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
-        (self.path / "recipe.toml").write_text(resolved.to_toml(), encoding="utf-8")
+            (self.path / "recipe.toml").write_text(resolved.to_toml(), encoding="utf-8")
         plugins = {
             item.distribution: item.version
             for item in sorted(resolved.components, key=lambda item: item.distribution)
@@ -66,12 +78,14 @@ class RunFolder:
         """Writes a JSON file whole or not at all."""
         target = self.path / name
         partial = target.with_name(f".{name}.part")
-        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        with writing(target):
+            partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, target)
 
     def append(self, name: str, data: Mapping[str, Any]) -> None:
         """Appends one line of JSON; it is on disk when this returns."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        target = self.path / name
+        with writing(target), target.open("a", encoding="utf-8") as file:
             file.write(json.dumps(data) + "\n")
 
 

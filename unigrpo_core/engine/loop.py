@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from unigrpo_core.engine.checks import check_finite, check_prompts, training_prompts
 from unigrpo_core.engine.clock import Clock
 from unigrpo_core.engine.evaluate import Evaluated, evaluate
-from unigrpo_core.engine.folder import RunFolder
+from unigrpo_core.engine.folder import RunFolder, writing
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import advantages, episodes, equal_groups, score
 from unigrpo_core.engine.setup import Setup, build_setup
@@ -39,13 +40,15 @@ class Run:
     """One run of a recipe in its folder.
 
     Raises:
-        UserError: before anything is written, if the folder is taken or a part cannot be built.
+        UserError: before anything is written, if the folder is taken, a part cannot be built, or
+            the prompts are none or not such as the policy takes.
     """
 
     def __init__(self, resolved: Resolved, path: Path, reporter: Reporter) -> None:
         self.resolved, self.recipe = resolved, resolved.recipe
         self.folder, self.reporter = RunFolder(path), reporter
         self.setup = build_setup(resolved, path)
+        check_prompts(self.setup)
         self.updater = Updater(self.setup)
         self.history: list[tuple[int, dict[str, float]]] = []
         self.shown: dict[int, list[Card]] = {}
@@ -55,13 +58,15 @@ class Run:
         """Trains, evaluates, and returns the summary that it has written."""
         start = time.perf_counter()
         self.folder.create(self.resolved)
-        self.setup.accelerator.init_trackers("tensorboard")
+        with writing(self.folder.path):
+            self.setup.accelerator.init_trackers("tensorboard")
         try:
             self.reporter.started(self.resolved, self.folder.path, self.setup)
             self._train()
         finally:
             self.setup.accelerator.end_training()
-        self.setup.policy.save(self.folder.path / "final")
+        with writing(self.folder.path / "final"):
+            self.setup.policy.save(self.folder.path / "final")
         summary = self._summary(time.perf_counter() - start)
         self.folder.write("summary.json", summary)
         self.reporter.finished(self.folder.path, summary)
@@ -84,12 +89,13 @@ class Run:
         setup, recipe = self.setup, self.recipe
         clock, key = Clock(setup.device), Key((recipe.seed, "train", step))
         start = time.process_time()
-        prompts = setup.source.train(recipe.seed, (step - 1) * recipe.prompts, recipe.prompts)
+        prompts = training_prompts(setup, step)
         trained: tuple[int, ...] = ()
         if setup.window is not None and setup.training is not None:
             trained = setup.window.steps(setup.training.steps, key.child("window"))
         plan = Plan(recipe.group.fan_out, setup.training, trained)
         rollout = sample(setup, prompts, plan, key.child("episode"), clock)
+        check_finite(rollout)
         with clock.phase("reward"):
             batch = episodes(rollout, f"{recipe.seed}/{step}")
             scores = score(setup.rewards, batch, details=False)
@@ -103,7 +109,7 @@ class Run:
         metrics = {
             "reward": float(scores.total.double().mean()),
             "reward_std": float(scores.total.view(len(prompts), -1).double().std(1).mean()),
-            "equal_groups": equal_groups(rollout, scores),
+            **equal_groups(recipe, rollout, scores),
             **{
                 f"reward/{name}": float(values.double().mean())
                 for name, values in zip(scores.names, scores.values.T, strict=True)
@@ -155,7 +161,7 @@ class Run:
             "steps": self.recipe.steps,
             "before": before,
             "after": after,
-            "gain": {name: after[name] - before[name] for name in before},
+            "gain": {name: after[name] - before[name] for name in before if name in after},
             "train_cpu_s": round(self.train_cpu, 2),
             "wall_s": round(seconds, 2),
         }

@@ -111,13 +111,14 @@ def build_setup(resolved: Resolved, tracking: Path | None = None) -> Setup:
     TensorBoard events will go.
 
     Raises:
-        UserError: a device, file or checkpoint that is not there or does not fit, or a reward that
-            reads what the episode does not have.
+        UserError: a device, file or checkpoint that is not there or does not fit, a source
+            without held-out prompts, or a reward that reads what the episode does not have.
         PluginError: a component that cannot be built.
     """
     recipe = resolved.recipe
     source: PromptSource = recipe.source.build()
     rewards = _rewards(recipe)
+    _check_held_out(recipe, source)
     _check_reads(recipe, rewards)
     return with_policy(recipe, source, rewards, tracking)
 
@@ -259,6 +260,16 @@ def _draws(policy: Policy, recipe: Recipe) -> ImageFlowPolicy:
     if not isinstance(policy, ImageFlowPolicy):
         raise PluginError(f"policy {recipe.policy.use!r} draws no images, as the episode does")
     return policy
+
+
+def _check_held_out(recipe: Recipe, source: PromptSource) -> None:
+    """Whether there is a prompt to evaluate on."""
+    if not source.held_out(1):
+        raise UserError(
+            f"source {recipe.source.use!r} holds no prompt out, so nothing could be evaluated; "
+            "look at the options in 'source' (of the source 'file': a source.held_out_fraction "
+            "above 0, or a source.held_out_path)"
+        )
 
 
 READS = {"thought": "think", "image": "draw"}  # what a reward may read, and the segment it is in
