@@ -32,6 +32,7 @@ prompts = 2
 group = { fan_out = [3, 1] }
 updates = { count = 1 }
 rewards = [{ use = "random" }]
+advantage = { use = "group_norm", floor = 1e-6 }
 optimizer = { max_grad_norm = 1e9 }
 compute = { device = "cpu", rollout_rows = 4, replay_tokens = 256 }
 
