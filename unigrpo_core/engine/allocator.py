@@ -1,7 +1,7 @@
 """Keeps freed memory in the process.
 
 glibc returns large blocks to the kernel when they are freed and gets them back, page by page and
-zeroed, for the next tensor of that size: on a CPU a page fault for every 4 KiB of every intermediate.
+zeroed, for the next tensor of that size: a page fault for every 4 KiB of an intermediate result.
 """
 
 from __future__ import annotations
