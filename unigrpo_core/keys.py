@@ -55,8 +55,8 @@ def normals(keys: Sequence[Key], shape: Sequence[int], device: device | str) -> 
     import torch
 
     rows = np.empty((len(keys), *shape), dtype=np.float32)
-    for row, key in zip(rows, keys, strict=True):
-        key.generator().standard_normal(row.shape, dtype=np.float32, out=row)
+    for row, key in enumerate(keys):
+        rows[row] = key.normal(shape)
     return torch.from_numpy(rows).to(device)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from unigrpo_core.engine.checks import check_finite, check_prompts, training_prompts
 from unigrpo_core.engine.clock import Clock
-from unigrpo_core.engine.evaluate import Evaluated, evaluate
+from unigrpo_core.engine.evaluate import evaluate
 from unigrpo_core.engine.folder import RunFolder, writing
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import advantages, episodes, equal_groups, score
@@ -19,6 +19,7 @@ from unigrpo_core.engine.trainset import build_train_set
 from unigrpo_core.engine.update import Updater
 from unigrpo_core.keys import Key
 from unigrpo_core.recipe import Resolved
+from unigrpo_core.recipe.schema import EXPERT_OF
 from unigrpo_core.records import ImageSegment, Rollout, TextSegment
 
 
@@ -121,10 +122,9 @@ class Run:
         return metrics, {**{f"{k}_s": v for k, v in clock.phases.items()}, "cpu_s": cpu}
 
     def _trains(self, level: int) -> bool:
-        expert = "text" if self.recipe.episode[level] == "think" else "image"
-        return expert in self.recipe.train
+        return EXPERT_OF[self.recipe.episode[level]] in self.recipe.train
 
-    def _evaluate(self, step: int) -> Evaluated:
+    def _evaluate(self, step: int) -> None:
         recipe = self.recipe
         edge = step in (0, recipe.steps)
         options = recipe.evaluation
@@ -139,7 +139,6 @@ class Run:
             self.shown[step] = cards(result, options.sheet)
             self._sheets(step)
         self.reporter.evaluated(step, means)
-        return result
 
     def _sheets(self, step: int) -> None:
         title = f"{self.resolved.name}: held-out prompts"

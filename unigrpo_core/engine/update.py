@@ -298,25 +298,18 @@ class Updater:
 
     def _step(self) -> dict[str, float]:
         recipe = self.setup.recipe.optimizer
+        warm = min(1.0, (self.updates + 1) / max(1, recipe.warmup_updates))
         found: dict[str, float] = {}
         for expert, parameters in self.experts.items():
             norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             finite(f"the gradient of the {expert} expert", norm)
             found[f"{expert}/grad_norm"] = float(norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * self._pace()
+            group["lr"] = group["rate"] * warm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         return found
-
-    def _pace(self) -> float:
-        """The share of its learning rate at which the next update is made."""
-        recipe = self.setup.recipe
-        pace = min(1.0, (self.updates + 1) / max(1, recipe.optimizer.warmup_updates))
-        if recipe.optimizer.schedule == "linear":
-            pace *= 1 - self.updates / (recipe.steps * recipe.updates.count)
-        return pace
 
 
 def _step(points: Points, v: Tensor, v_anchor: Tensor) -> FlowStep:

@@ -245,9 +245,6 @@ class Optimizer(Table):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm bound of each expert")
     warmup_updates: int = Field(0, ge=0, description="updates of linear learning-rate warm-up")
-    schedule: Literal["constant", "linear"] = Field(
-        "constant", description="learning rates stay, or fall linearly to 0 at the end of the run"
-    )
 
 
 class Evaluation(Table):
