@@ -13,6 +13,7 @@ d = D / H. A text cache is per layer a pair (k, v) [R, Hk, L, d], k after qk-nor
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -89,19 +90,20 @@ class Attention(nn.Module):
             self.add_module(f"q_norm{expert}", RMSNorm(d, config.rms_norm_eps))
             self.add_module(f"k_norm{expert}", RMSNorm(d, config.rms_norm_eps))
 
-    def project(
-        self, x: Tensor, rope: Rotary, expert: str, frozen: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [R, H, L, d] and k, v [R, Hk, L, d] of x [R, L, D]."""
-        rows, length, _ = x.shape
+    def query(self, x: Tensor, expert: str, frozen: bool = False) -> Tensor:
+        """q [R, H, L, d] of x [R, L, D], normed and not rotated."""
+        return part(self, f"q_norm{expert}")(
+            self._heads(x, f"q_proj{expert}", frozen), frozen=frozen
+        )
 
-        def heads(name: str) -> Tensor:
-            y = linear(part(self, f"{name}_proj{expert}"), x, frozen)
-            return y.view(rows, length, -1, self.config.head_dim)
+    def entry(self, x: Tensor, expert: str, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """k and v [R, Hk, L, d] of x [R, L, D], k normed and not rotated."""
+        k = part(self, f"k_norm{expert}")(self._heads(x, f"k_proj{expert}", frozen), frozen=frozen)
+        return k, self._heads(x, f"v_proj{expert}", frozen)
 
-        q = part(self, f"q_norm{expert}")(heads("q"), frozen=frozen)
-        k = part(self, f"k_norm{expert}")(heads("k"), frozen=frozen)
-        return rope(q.transpose(1, 2)), rope(k.transpose(1, 2)), heads("v").transpose(1, 2)
+    def _heads(self, x: Tensor, name: str, frozen: bool) -> Tensor:
+        y = linear(part(self, name), x, frozen)
+        return y.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
     def output(self, x: Tensor, expert: str, frozen: bool) -> Tensor:
         """[R, L, D] of attended heads [R, H, L, d]."""
@@ -148,11 +150,10 @@ class Layer(nn.Module):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 self.add_module(norm + expert, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def project(
-        self, x: Tensor, rope: Rotary, expert: str, frozen: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        normed = part(self, f"input_layernorm{expert}")(x, frozen=frozen)
-        return self.self_attn.project(normed, rope, expert, frozen)
+    def normed(self, x: Tensor, expert: str, frozen: bool = False) -> Tensor:
+        """What attention reads."""
+        y: Tensor = part(self, f"input_layernorm{expert}")(x, frozen=frozen)
+        return y
 
     def finish(self, x: Tensor, attended: Tensor, expert: str, frozen: bool = False) -> Tensor:
         x = x + self.self_attn.output(attended, expert, frozen)
@@ -160,29 +161,67 @@ class Layer(nn.Module):
         y: Tensor = part(self, f"mlp{expert}")(normed, frozen=frozen)
         return x + y
 
-    def text(self, x: Tensor, rope: Rotary) -> tuple[Tensor, LayerCache]:
-        """A text stream [R, L, D] from an empty context."""
-        q, k, v = self.project(x, rope, UND)
-        return self.finish(x, attend_causal(q, k, v), UND), (k, v)
+    def text(self, x: Tensor, rope: Rotary, *, want_x: bool = True) -> tuple[Tensor, LayerCache]:
+        """A text stream [R, L, D] from an empty context; without ``want_x`` it comes back as it
+        is, for a last layer of which only the cache matters."""
+        normed, attention = self.normed(x, UND), self.self_attn
+        k, v = attention.entry(normed, UND)
+        k = rope(k)
+        if want_x:
+            x = self.finish(x, attend_causal(rope(attention.query(normed, UND)), k, v), UND)
+        return x, (k, v)
+
+    def step(
+        self,
+        x: Tensor,
+        rope: Rotary,
+        write: Callable[[Tensor, Tensor], LayerCache],
+        padding: Tensor,
+    ) -> Tensor:
+        """One token per row [R, 1, D]; ``write`` puts its key and value into the slots and returns
+        all that are seen."""
+        normed, attention = self.normed(x, UND), self.self_attn
+        k, v = attention.entry(normed, UND)
+        keys, values = write(rope(k), v)
+        q = rope(attention.query(normed, UND))
+        return self.finish(x, attend_all(q, keys, values, padding), UND)
 
     def image(
         self,
         boundary: Tensor,
         latents: Tensor,
-        rope: Rotary,
         cache: LayerCache,
         padding: Tensor | None,
+        *,
         frozen: bool,
+        last: bool,
     ) -> tuple[Tensor, Tensor]:
-        """An image block: boundary tokens [R, 2, D] (UND) and latents [R, N, D] (GEN) over the
-        text cache and themselves. ``frozen`` cuts the gradient to UND's weights."""
-        q_b, k_b, v_b = self.project(boundary, rope, UND, frozen)
-        q_l, k_l, v_l = self.project(latents, rope, GEN)
-        k = torch.cat((cache[0], k_b, k_l), 2)
-        v = torch.cat((cache[1], v_b, v_l), 2)
-        attended = attend_all(torch.cat((q_b, q_l), 2), k, v, padding)
-        edges, inner = attended[:, :, :2], attended[:, :, 2:]
-        return self.finish(boundary, edges, UND, frozen), self.finish(latents, inner, GEN)
+        """Image blocks: boundary tokens [R, 2, D] (UND) and latents [R, N, D] (GEN) over themselves
+        and a text cache of C rows, which serve R / C blocks each. ``frozen`` cuts the gradient to
+        UND's weights; in the ``last`` layer the boundary tokens are only read from."""
+        attention = self.self_attn
+        edge, inner = self.normed(boundary, UND, frozen), self.normed(latents, GEN)
+        k, v = (
+            _seen(kept, *own)
+            for kept, *own in zip(
+                cache, attention.entry(edge, UND, frozen), attention.entry(inner, GEN), strict=True
+            )
+        )
+        q = attention.query(inner, GEN)
+        if last:
+            return boundary, self.finish(latents, attend_all(q, k, v, padding), GEN)
+        q = torch.cat((attention.query(edge, UND, frozen), q), 2)
+        attended = attend_all(q, k, v, padding)
+        boundary = self.finish(boundary, attended[:, :, :2], UND, frozen)
+        return boundary, self.finish(latents, attended[:, :, 2:], GEN)
+
+
+def _seen(kept: Tensor, *own: Tensor) -> Tensor:
+    """Keys (or values) of texts [C, Hk, L, d] before those of the R blocks below them [R, Hk, N, d],
+    R / C per text: [R, Hk, L + N, d]."""
+    rows, per_text = len(own[0]), len(own[0]) // len(kept)
+    spread = kept[:, None].expand(-1, per_text, -1, -1, -1).flatten(0, 1) if per_text > 1 else kept
+    return torch.cat((spread, *own), 2)
 
 
 class Transformer(nn.Module):
@@ -269,14 +308,15 @@ class BagelNetwork(nn.Module):
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         return (rows[:, None] * self.config.latent.max_size + columns).flatten()
 
-    def text(self, ids: Tensor) -> tuple[Tensor, list[LayerCache]]:
-        """Final hidden states [R, L, D] and cache of right-padded ids [R, L], positions from 0."""
+    def text(self, ids: Tensor, *, want_hidden: bool = True) -> tuple[Tensor, list[LayerCache]]:
+        """Final hidden states [R, L, D] (unless not wanted) and cache of right-padded ids [R, L],
+        positions from 0."""
         x = self.embed(ids)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         rope = rotary(positions, self.config.llm, x.dtype)
         caches = []
         for layer in self.layers:
-            x, cache = layer.text(x, rope)
+            x, cache = layer.text(x, rope, want_x=want_hidden or layer is not self.layers[-1])
             caches.append(cache)
         hidden: Tensor = self.transformer.norm(x)
         return hidden, caches
@@ -289,14 +329,15 @@ class BagelNetwork(nn.Module):
         [R, 1, 1, L] and hides the slots beyond."""
         x = self.embed(ids[:, None])
         rope = rotary(positions[:, None], self.config.llm, x.dtype)
-        rows = torch.arange(len(ids), device=ids.device)
-        for layer, (keys, values) in zip(self.layers, caches, strict=True):
-            q, k, v = layer.project(x, rope, UND)
-            keys[rows, :, positions] = k[:, :, 0]
-            values[rows, :, positions] = v[:, :, 0]
-            length = padding.shape[-1]
-            attended = attend_all(q, keys[:, :, :length], values[:, :, :length], padding)
-            x = layer.finish(x, attended, UND)
+        rows, length = torch.arange(len(ids), device=ids.device), padding.shape[-1]
+        for layer, cache in zip(self.layers, caches, strict=True):
+
+            def write(k: Tensor, v: Tensor, cache: LayerCache = cache) -> LayerCache:
+                for slots, new in zip(cache, (k, v), strict=True):
+                    slots[rows, :, positions] = new[:, :, 0]
+                return cache[0][:, :, :length], cache[1][:, :, :length]
+
+            x = layer.step(x, rope, write, padding)
         hidden: Tensor = self.transformer.norm(x)
         return hidden[:, 0]
 
@@ -312,9 +353,9 @@ class BagelNetwork(nn.Module):
         *,
         frozen: bool = False,
     ) -> Tensor:
-        """v = noise - data, float32 [R, N, token], for x_t [R, N, token], t [R], the block's one
-        position [R] and the text caches of the rows. ``frozen`` cuts the gradient to UND's weights
-        and embeddings."""
+        """v = noise - data, float32 [R, N, token], for x_t [R, N, token] and t [R], over the text
+        caches of C rows that serve R / C images each, whose blocks stand at position [C].
+        ``frozen`` cuts the gradient to UND's weights and embeddings."""
         table = self.latent_pos_embed.pos_embed[table_rows]
         latents = self.vae2llm(x_t.to(self.vae2llm.weight.dtype))
         latents = latents + self.time_embedder(t)[:, None] + table
@@ -323,8 +364,17 @@ class BagelNetwork(nn.Module):
             boundary = boundary.detach()
         latents = latents.to(boundary.dtype)
         boundary = boundary.expand(len(x_t), -1, -1)
-        rope = rotary(position[:, None], self.config.llm, boundary.dtype)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            boundary, latents = layer.image(boundary, latents, rope, cache, padding, frozen)
-        v: Tensor = self.llm2vae(self.transformer.norm_moe_gen(latents))
-        return v.float()
+        # All of a block stands at one position, and attention sees only differences of positions:
+        # turning the keys of the text back by it spares every query and key of the block its turn.
+        rope = rotary(-position[:, None], self.config.llm, boundary.dtype)
+        for layer, (k, v) in zip(self.layers, caches, strict=True):
+            boundary, latents = layer.image(
+                boundary,
+                latents,
+                (rope(k), v),
+                padding,
+                frozen=frozen,
+                last=layer is self.layers[-1],
+            )
+        velocity: Tensor = self.llm2vae(self.transformer.norm_moe_gen(latents))
+        return velocity.float()

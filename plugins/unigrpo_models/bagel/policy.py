@@ -103,7 +103,9 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
     def _read(self, rows: Sequence[Sequence[int]]) -> BagelHistory:
         """The history of texts, in one causal pass."""
         with self._autocast():
-            _, caches = self.network.text(pad(rows, self.codec.eos, self.place.device))
+            _, caches = self.network.text(
+                pad(rows, self.codec.eos, self.place.device), want_hidden=False
+            )
         return BagelHistory(tuple(caches), tuple(tuple(row) for row in rows))
 
     @torch.inference_mode()

@@ -28,7 +28,9 @@ class ReplayRoot(nn.Module):
             contexts = [self.codec.context(prompt) for prompt in batch.prompts]
             thoughts = self.codec.thoughts(batch.tokens.tolist(), batch.mask.tolist())
             rows = [[*a, *b] for a, b in zip(contexts, thoughts, strict=True)]
-            hidden, caches = self.network.text(pad(rows, self.codec.eos, device))
+            hidden, caches = self.network.text(
+                pad(rows, self.codec.eos, device), want_hidden=batch.want_logps
+            )
             logps = self._logps(batch, [len(context) for context in contexts], hidden)
             if batch.x_t is None or batch.t is None:
                 return Replay(logps, None, {})
@@ -59,17 +61,15 @@ class ReplayRoot(nn.Module):
     ) -> Tensor:
         assert batch.x_t is not None
         assert batch.t is not None
-        points = batch.x_t.shape[1]
         if not batch.context_gradient:
             caches = [(k.detach(), v.detach()) for k, v in caches]
-        spread = [tuple(x.repeat_interleave(points, 0) for x in cache) for cache in caches]
         v = image_velocity(
             self.network,
             self.codec,
             batch.x_t.flatten(0, 1),
             batch.t.flatten(),
-            spread,  # type: ignore[arg-type]
-            [length for length in lengths for _ in range(points)],
+            caches,
+            lengths,
             frozen=not batch.context_gradient,
         )
         return v.view(batch.x_t.shape)
@@ -79,7 +79,9 @@ class ReplayRoot(nn.Module):
         assert name == "text", name
         rows, device, system = len(batch.prompts), batch.tokens.device, self.codec.system
         if system:
-            _, caches = self.network.text(torch.tensor([system] * rows, device=device))
+            _, caches = self.network.text(
+                torch.tensor([system] * rows, device=device), want_hidden=False
+            )
         else:
             caches = list(empty_history(self.network.config.llm, rows, device).caches)
         return self._velocities(batch, caches, [len(system)] * rows)
@@ -95,10 +97,12 @@ def image_velocity(
     *,
     frozen: bool = False,
 ) -> Tensor:
-    """Velocities [R, h, w, token] over text caches of the given lengths: what the sampler and the
-    trainer both call."""
+    """Velocities [R, h, w, token] over C text caches of the given lengths, which serve R / C images
+    each: what the sampler and the trainer both call."""
     device, (height, width) = x_t.device, x_t.shape[1:3]
     padding = padding_mask(lengths, caches[0][0].shape[2], height * width + 2, device)
+    if padding is not None:
+        padding = padding.repeat_interleave(len(x_t) // len(lengths), 0)
     v = network.velocity(
         x_t.flatten(1, 2),
         t,
