@@ -67,12 +67,14 @@ class _Sampler:
         recipe, width = self.setup.recipe, self.plan.fan_out[level]
         parents = torch.arange(len(history)).repeat_interleave(width)
         names = [keys[row].child(i % width) for i, row in enumerate(parents.tolist())]
-        limit = recipe.compute.rollout_rows
+        limit, think = recipe.compute.rollout_rows, recipe.episode[level] == "think"
+        if not think:
+            limit = min(limit, recipe.compute.rollout_images or limit)
         for start in range(0, len(parents), limit):
             chunk = parents[start : start + limit]
             mine = names[start : start + limit]
             tops = [roots[row] for row in chunk.tolist()]
-            if recipe.episode[level] == "think":
+            if think:
                 policy = self.setup.text_policy
                 sampling = Sampling(recipe.text.max_tokens, recipe.text.temperature)
                 with self.clock.phase("text"):

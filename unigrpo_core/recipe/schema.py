@@ -268,6 +268,9 @@ class Compute(Table):
     )
     threads: int = Field(1, ge=0, description="CPU threads; 0 leaves torch's choice")
     rollout_rows: int = Field(256, ge=1, description="rows sampled at once")
+    rollout_images: int | None = Field(
+        None, ge=1, description="images denoised at once, if fewer than rollout_rows"
+    )
     replay_tokens: int = Field(16384, ge=1, description="tokens of one replay batch at most")
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig
+from unigrpo_models.norm import RMSNorm
 
 LayerCache = tuple[Tensor, Tensor]
 
@@ -47,17 +48,6 @@ def rotary(positions: Tensor, config: LanguageConfig, dtype: torch.dtype) -> Rot
     angles = positions[..., None].float() * config.rope_theta ** (-half / config.head_dim)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     return Rotary(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
-        weight = self.weight.detach() if frozen else self.weight
-        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * weight.to(x.dtype)
 
 
 def linear(module: nn.Linear, x: Tensor, frozen: bool) -> Tensor:
@@ -92,9 +82,10 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor, expert: str, frozen: bool = False) -> Tensor:
         """q [R, H, L, d] of x [R, L, D], normed and not rotated."""
-        return part(self, f"q_norm{expert}")(
+        q: Tensor = part(self, f"q_norm{expert}")(
             self._heads(x, f"q_proj{expert}", frozen), frozen=frozen
         )
+        return q
 
     def entry(self, x: Tensor, expert: str, frozen: bool = False) -> tuple[Tensor, Tensor]:
         """k and v [R, Hk, L, d] of x [R, L, D], k normed and not rotated."""
@@ -103,7 +94,7 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor, name: str, frozen: bool) -> Tensor:
         y = linear(part(self, name), x, frozen)
-        return y.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        return y.view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
 
     def output(self, x: Tensor, expert: str, frozen: bool) -> Tensor:
         """[R, L, D] of attended heads [R, H, L, d]."""
@@ -217,11 +208,11 @@ class Layer(nn.Module):
 
 
 def _seen(kept: Tensor, *own: Tensor) -> Tensor:
-    """Keys (or values) of texts [C, Hk, L, d] before those of the R blocks below them [R, Hk, N, d],
-    R / C per text: [R, Hk, L + N, d]."""
-    rows, per_text = len(own[0]), len(own[0]) // len(kept)
-    spread = kept[:, None].expand(-1, per_text, -1, -1, -1).flatten(0, 1) if per_text > 1 else kept
-    return torch.cat((spread, *own), 2)
+    """Keys (or values) of texts [C, Hk, L, d] before those of their blocks [R, Hk, N, d], R / C
+    blocks a text: [R, Hk, L + N, d]."""
+    if len(kept) != len(own[0]):
+        kept = kept.repeat_interleave(len(own[0]) // len(kept), 0)
+    return torch.cat((kept, *own), 2)
 
 
 class Transformer(nn.Module):
