@@ -120,6 +120,24 @@ def test_a_token_mean_is_over_the_tokens_of_the_whole_update(in_float64, setup, 
     assert metrics["text/loss"] == pytest.approx(expected[objective], abs=1e-12)
 
 
+# --- sampler and trainer ----------------------------------------------------------------------
+
+
+def test_in_float64_the_cached_sampler_and_the_trainer_are_one(in_float64, setup):
+    """So the gap of float32 is rounding and nothing else."""
+    built = setup(
+        "text.max_tokens=24",
+        "image.noise_scope='prompt'",
+        "image.guidance={use='cfg', scale=3.0}",
+        "policy.system_prompt='red and blue'",
+        "compute.rollout_rows=5",
+    )
+    metrics, _ = updated(built, train_set(built))
+    names = ("text_mean", "text_max", "image_log_ratio", "image_radius_share", "trainer_twice")
+    for name in names:
+        assert metrics[f"gap/{name}"] < 1e-11, name
+
+
 # --- subtrees ---------------------------------------------------------------------------------
 
 
