@@ -53,7 +53,7 @@ class Path:
         self.excess = found_variance / variance(times[1:]).numpy() - 1  # of the variance
 
     def away(self, *, up_to: float = 1.0) -> float:
-        """The largest |std / true std - 1| at times up to one."""
+        """The largest |std / true std - 1| at times t <= ``up_to``."""
         return float(np.abs(self.std / self.true_std - 1)[self.t <= up_to].max())
 
 
