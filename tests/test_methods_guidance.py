@@ -43,6 +43,24 @@ def test_scale_one_is_off_and_scale_zero_unconditional() -> None:
     assert torch.equal(blind[:, :2], BRANCHES["text"][:, :2])
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_gradients_of_guidance(scale: float) -> None:
+    """By both velocities, inside the interval and outside."""
+    guidance = cfg.build(cfg.CFGOptions(scale=scale, interval=(0.4, 0.9)))
+    t = torch.tensor([[0.95, 0.9, 0.5, 0.4]])
+    generator = torch.Generator().manual_seed(0)
+    v, free = torch.randn(2, 1, 4, 2, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def combined(v: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        return guidance.combine(v, {"text": free}, t)
+
+    assert torch.autograd.gradcheck(combined, (v, free))
+    by_v, by_free = torch.autograd.grad(combined(v, free).sum(), (v, free))
+    inside = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)[None, :, None].expand_as(v)
+    assert torch.equal(by_v, 1 + (scale - 1) * inside)
+    assert torch.equal(by_free, (1 - scale) * inside)
+
+
 def test_none_is_the_identity() -> None:
     guidance = none.build(none.NoGuidanceOptions())
     t = torch.tensor([[1.0, 0.5, 0.1]])

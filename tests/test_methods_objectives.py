@@ -47,6 +47,23 @@ def test_grpo_by_hand(
     assert gradient.tolist() == [[pytest.approx(slope * ratio), 0.0]]
 
 
+def test_grpo_of_two_thoughts_by_hand() -> None:
+    """Ratios 1.1, 1.5, .5, 1 at A = 2: -2.2, -2.4, -1, -2, so -1.9 on average. Ratios 1.5, .5 at
+    A = -1: 1.5, .8, so 1.15. Their mean is -.375, whatever their lengths."""
+    ratios = torch.tensor([[1.1, 1.5, 0.5, 1.0], [1.5, 0.5, 9.0, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    objective = grpo.build(grpo.GRPOOptions(clip_range=0.2))
+    old = torch.full_like(ratios, -1.0)
+    values, metrics = objective.loss(
+        old + ratios.log(), old, mask, torch.tensor([2.0, -1.0]).double()
+    )
+    weights = objective.weights(mask)
+    expected = torch.tensor([[-2.2, -2.4, -1.0, -2.0], [1.5, 0.8, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(values, expected)
+    assert metrics["clip_fraction"].tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]]
+    assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(-0.375)
+
+
 def test_grpo_weights_average_tokens_then_sequences() -> None:
     mask = torch.tensor([[True, True, True, True], [True, False, False, False], [False] * 4])
     weights = grpo.build(grpo.GRPOOptions()).weights(mask)
@@ -115,21 +132,50 @@ def test_flow_log_ratios_are_exactly_zero_at_the_old_policy(objective: flow_grpo
     assert not metrics["clip_fraction"].any()
 
 
-def test_flow_log_ratios_are_the_paper_s_equations() -> None:
+def drifted_points() -> tuple[Points, Tensor, Tensor, Tensor, Tensor]:
+    """Points, the velocity now, and written out: mu, mu_old, and std [2, 3] by sigma_t and dt."""
     points = stored_points((5, 7), torch.float64, drift=0.3)
     v = points.x_t / 2
-    new, old = points.transition(v).mean, points.transition(v - 0.3).mean
     sigma = points.noise_level * (points.t / (1 - points.t)).sqrt()
     sigma[:, 0] = points.noise_level[:, 0] / (1 - points.t_next[:, 0]).sqrt()
-    std = (sigma * (points.t - points.t_next).sqrt())[..., None, None].expand_as(new)
-    log_r = torch.distributions.Normal(new, std).log_prob(points.x_next)
-    log_r = (log_r - torch.distributions.Normal(old, std).log_prob(points.x_next)).mean((2, 3))
-    torch.testing.assert_close(PLAIN.log_ratio(points, v), log_r, atol=1e-10, rtol=1e-8)
-    flat, gap = std[..., 0, 0], (old - new).square().mean((2, 3))
-    equation_5 = flat * (log_r + gap / (2 * flat**2))
-    torch.testing.assert_close(NORM.log_ratio(points, v), equation_5, atol=1e-10, rtol=1e-8)
-    noise = (points.x_next - old) / std
-    torch.testing.assert_close(NORM.log_ratio(points, v), -((old - new) * noise).mean((2, 3)))
+    std = sigma * (points.t - points.t_next).sqrt()
+    return points, v, points.transition(v).mean, points.transition(v - 0.3).mean, std
+
+
+def equation_4(points: Points, new: Tensor, old: Tensor, std: Tensor) -> Tensor:
+    wide = std[..., None, None].expand_as(new)
+    log_r = torch.distributions.Normal(new, wide).log_prob(points.x_next)
+    return (log_r - torch.distributions.Normal(old, wide).log_prob(points.x_next)).mean((2, 3))
+
+
+def test_the_plain_log_ratio_is_equation_4() -> None:
+    points, v, new, old, std = drifted_points()
+    expected = equation_4(points, new, old, std)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(PLAIN.log_ratio(points, v), expected, atol=1e-10, rtol=1e-8)
+
+
+def test_ratio_norm_is_equation_5_and_minus_delta_mu_times_eps_averaged() -> None:
+    points, v, new, old, std = drifted_points()
+    delta = old - new  # the paper's sign
+    expected = std * (
+        equation_4(points, new, old, std) + delta.square().mean((2, 3)) / (2 * std.square())
+    )
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(NORM.log_ratio(points, v), expected, atol=1e-10, rtol=1e-8)
+    eps = (points.x_next - old) / std[..., None, None]
+    torch.testing.assert_close(NORM.log_ratio(points, v), -(delta * eps).mean((2, 3)))
+
+
+def test_ratio_norm_of_262144_elements_is_exact_in_float32() -> None:
+    points = stored_points((64, 64, 64), torch.float32)
+    v = points.x_t / 2 + 1e-3 * stored_points((64, 64, 64), torch.float32).x_next
+    ours = NORM.log_ratio(points, v)
+    std = points.transition(v).std.double()
+    delta = points.transition(v).mean.double() - points.old_mean.double()
+    eps = (points.x_next.double() - points.old_mean.double()) / std
+    assert ours.abs().max() > 1e-6
+    assert (ours - (delta * eps).mean((2, 3, 4))).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(("ratio", "advantage", "loss", "acted", "slope"), BY_HAND)
@@ -156,6 +202,32 @@ def test_flow_grpo_by_hand(
     d_mean = -0.25 * (1 + 0.64 * 0.5)
     d_log_ratio = (x_next.item() - mean) / 0.16 * d_mean
     assert gradient.item() == pytest.approx(slope * ratio * d_log_ratio)
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "loss", "acted", "slope"), BY_HAND)
+def test_flow_grpo_with_ratio_norm_by_hand(
+    ratio: float, advantage: float, loss: float, acted: float, slope: float
+) -> None:
+    # The step above, std .4, with two latent elements: mu - mu_old = (.1, -.02) and noise (e, .5),
+    # so log r~ = (.1 e - .01) / 2, which is log(ratio) for e = 20 log(ratio) + .1.
+    half, quarter = torch.tensor([[0.5]]).double(), torch.tensor([[0.25]]).double()
+    v = torch.tensor([[[0.4, -0.2]]], dtype=torch.float64, requires_grad=True)
+    x_t = torch.tensor([[[0.9, 0.3]]], dtype=torch.float64)
+    level = torch.full((1, 1), 0.8, dtype=torch.float64)
+    mean = x_t * (1 - 0.16) - 0.33 * v.detach()
+    old_mean = mean - torch.tensor([0.1, -0.02], dtype=torch.float64)
+    eps = torch.tensor([20 * math.log(ratio) + 0.1, 0.5], dtype=torch.float64)
+    points = Points(x_t, half, quarter, level, old_mean + 0.4 * eps, old_mean, SDE.transition)
+    objective = flow_grpo.build(flow_grpo.FlowGRPOOptions(ratio_norm=True, clip_range=0.2))
+    values, metrics = objective.loss(
+        points, {"current": v}, torch.tensor([[advantage]]).double(), torch.zeros(1, 1)
+    )
+    assert values.item() == pytest.approx(loss)
+    assert metrics["clip_fraction"].item() == acted
+    assert metrics["ratio_deviation"].item() == pytest.approx(abs(ratio - 1))
+    (gradient,) = torch.autograd.grad(values.sum(), v)
+    # Every element of the mean moves by -.33 of the velocity's, the log-ratio by noise / 2 of it.
+    torch.testing.assert_close(gradient, (slope * ratio * eps / 2 * -0.33).expand_as(v))
 
 
 def test_a_clip_of_1e_6_acts_in_float32() -> None:
@@ -211,31 +283,38 @@ def test_a_drift_of_the_trust_radius_spreads_the_log_ratio_by_the_clip_range(
     assert spread.item() == pytest.approx(objective.clip_range(elements), rel=0.1)
 
 
-@pytest.mark.parametrize("objective", [NORM, PLAIN])
+@pytest.mark.parametrize("ratio_norm", [True, False])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_flow_gradients(objective: flow_grpo.FlowGRPO, sign: float) -> None:
+def test_gradients_of_flow_grpo(ratio_norm: bool, sign: float) -> None:
     points = stored_points((2, 3), torch.float64)
-    advantages = torch.full((2, 3), sign, dtype=torch.float64)
+    options = flow_grpo.FlowGRPOOptions(ratio_norm=ratio_norm, clip_range=2e-4)
+    objective = flow_grpo.build(options)
+    advantages = sign * torch.tensor([[1.0, -1.0, 0.5], [-2.0, 1.0, -1.0]], dtype=torch.float64)
     v = (points.x_t / 2 + 0.05).requires_grad_()
 
     def loss(current: Tensor) -> Tensor:
         return objective.loss(points, {"current": current}, advantages, advantages)[0]
 
-    assert torch.autograd.gradcheck(loss, (v,))
+    _, metrics = objective.loss(points, {"current": v}, advantages, advantages)
+    assert 0 < metrics["clip_fraction"].mean() < 1
+    assert torch.autograd.gradcheck(loss, (v,), eps=1e-7)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_grpo_gradients(sign: float) -> None:
+def test_gradients_of_grpo(sign: float) -> None:
     old = -torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    logps = (
-        old + torch.linspace(-0.5, 0.45, 10, dtype=torch.float64).reshape(2, 5)
-    ).requires_grad_()
+    gap = torch.linspace(-0.5, 0.45, 5, dtype=torch.float64).expand(2, 5)
+    logps = (old + gap).requires_grad_()
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
-    advantages = torch.tensor([sign, -sign * 0.5]).double()
+    advantages = torch.tensor([sign, -sign * 0.5], dtype=torch.float64)
     objective = grpo.build(grpo.GRPOOptions(clip_range=0.2))
-    assert torch.autograd.gradcheck(
-        lambda current: objective.loss(current, old, mask, advantages)[0], (logps,)
-    )
+
+    def loss(current: Tensor) -> Tensor:
+        return objective.loss(current, old, mask, advantages)[0]
+
+    _, metrics = objective.loss(logps, old, mask, advantages)
+    assert 0 < metrics["clip_fraction"][mask].mean() < 1
+    assert torch.autograd.gradcheck(loss, (logps,))
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from unigrpo_methods import hooks
 from unigrpo_methods.regularizers import latent_kl, text_kl, velocity_mse
 from unigrpo_methods.schedulers import flow_sde
 
+from unigrpo_core.plugin import Provider
 from unigrpo_core.records import FlowStep, TokenStep
+
+Penalty = Callable[[Tensor], Tensor]
 
 SDE = flow_sde.build(flow_sde.FlowSDEOptions())
 
@@ -44,17 +49,17 @@ def test_velocity_mse_is_a_mean_of_squares() -> None:
     torch.testing.assert_close(penalty(flow_step(v, anchor)), torch.tensor([[5 / 3, 3.0]]))
 
 
-def test_latent_kl_is_that_of_the_normal_distributions() -> None:
+def test_latent_kl_is_that_of_the_normal_distributions_dt_included() -> None:
     step = flow_step(*velocities())
     # sigma^2 dt by hand: .64 * .8 / .2 * .2 and .64 * .5 / .5 * .2
-    std = torch.tensor([0.512, 0.128]).double().sqrt().reshape(1, 2, 1, 1)
+    std = torch.tensor([0.512, 0.128], dtype=torch.float64).sqrt().reshape(1, 2, 1, 1)
     new, anchor = (
         torch.distributions.Normal(side.mean, std.expand_as(side.mean))
         for side in (step.transition, step.transition_anchor)
     )
     expected = torch.distributions.kl_divergence(new, anchor).mean((2, 3))
     ours = latent_kl.build(latent_kl.LatentKLOptions())(step)
-    torch.testing.assert_close(ours, expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
 
 
 def test_latent_kl_is_velocity_mse_times_the_documented_factor() -> None:
@@ -65,20 +70,6 @@ def test_latent_kl_is_velocity_mse_times_the_documented_factor() -> None:
     mse = velocity_mse.build(velocity_mse.VelocityMSEOptions())(step)
     kl = latent_kl.build(latent_kl.LatentKLOptions())(step)
     torch.testing.assert_close(kl, mse * factor, atol=0, rtol=1e-6)
-
-
-@pytest.mark.parametrize("method", [velocity_mse, latent_kl])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_flow_penalties_vanish_at_the_anchor_and_differentiate(
-    method: object, dtype: torch.dtype
-) -> None:
-    penalty = method.build(method.PROVIDER.options())  # type: ignore[attr-defined]
-    v, anchor = velocities(dtype)
-    assert torch.equal(penalty(flow_step(v, v)), torch.zeros(3, 2, dtype=dtype))
-    assert (penalty(flow_step(v, anchor)) > 0).all()
-    if dtype == torch.float64:
-        v = v.requires_grad_()
-        assert torch.autograd.gradcheck(lambda free: penalty(flow_step(free, anchor)), (v,))
 
 
 def token_step(logps: Tensor, anchor: Tensor) -> TokenStep:
@@ -105,13 +96,42 @@ def test_text_kl_keeps_digits_near_the_anchor_and_is_never_negative() -> None:
     assert (penalty(token_step(torch.zeros_like(gaps), gaps)) >= 0).all()
 
 
-def test_text_kl_vanishes_at_the_anchor_and_differentiates() -> None:
-    penalty = text_kl.build(text_kl.TextKLOptions())
-    logps = -torch.rand(2, 6, generator=torch.Generator().manual_seed(2))
-    assert not penalty(token_step(logps, logps)).any()
-    anchor = logps.double() - 0.3
-    free = logps.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda given: penalty(token_step(given, anchor)), (free,))
+DISTANCES = [one for one in hooks.unigrpo_regularizers() if one.kind == "distance"]
+
+
+def penalised(provider: Provider, gap: float, dtype: torch.dtype) -> tuple[Penalty, Tensor]:
+    """The penalty as a function of velocities or log-probs at a distance of about ``gap`` from the
+    anchor's, and these."""
+    penalty = provider.build(provider.options())
+    generator = torch.Generator().manual_seed(1)
+    if "logps_anchor" in provider.needs:
+        at, to = torch.randn(2, 4, 50, generator=generator, dtype=dtype)
+        anchor = -1 - at.abs()
+        return lambda logps: penalty(token_step(logps, anchor)), anchor + gap * to
+    at, to = torch.randn(2, 3, 2, 4, 5, generator=generator, dtype=dtype)
+    return lambda v: penalty(flow_step(v, at)), at + gap * to
+
+
+@pytest.mark.parametrize("provider", DISTANCES, ids=lambda provider: provider.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_distance_is_exactly_0_at_the_anchor_and_never_negative(
+    provider: Provider, dtype: torch.dtype
+) -> None:
+    penalty, anchor = penalised(provider, 0.0, dtype)
+    values = penalty(anchor)
+    assert values.dtype == dtype
+    assert not values.any()
+    for gap in (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 5.0):
+        penalty, away = penalised(provider, gap, dtype)
+        assert (penalty(away) >= 0).all()
+        assert gap < 1e-4 or (penalty(away) > 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("provider", DISTANCES, ids=lambda provider: provider.name)
+def test_gradients_of_every_distance(provider: Provider) -> None:
+    for gap in (0.0, 0.3):
+        penalty, free = penalised(provider, gap, torch.float64)
+        assert torch.autograd.gradcheck(penalty, (free.requires_grad_(),))
 
 
 def test_text_kl_estimates_the_divergence() -> None:

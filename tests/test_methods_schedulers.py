@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,28 +21,48 @@ def normals(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def closed_form(v: float, x: float, t: float, t_next: float, noise: float) -> tuple[float, float]:
-    """Mean and std of one step as the paper writes them, in Python's float64."""
+def closed_form(
+    v: np.ndarray, x: np.ndarray, t: np.ndarray, t_next: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std of a step as the paper writes them, in float64; all of one shape."""
+    v, x, t, t_next, noise = (np.float64(array) for array in (v, x, t, t_next, noise))
     dt = t_next - t
-    sigma = noise * math.sqrt(t / (1 - (t_next if t == 1 else t)))
+    sigma = noise * np.sqrt(t / (1 - np.where(t == 1, t_next, t)))
     drift = v + sigma**2 / (2 * t) * (x + (1 - t) * v)
-    return x + drift * dt, sigma * math.sqrt(-dt)
+    return x + drift * dt, sigma * np.sqrt(-dt)
 
 
-def test_sde_mean_and_std_are_the_closed_form() -> None:
-    times = SDE.times(10, 3.0).float()
+@pytest.mark.parametrize("grid", ["linear", "diffusers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sde_mean_std_and_log_ratio_are_the_closed_form(grid: str, dtype: torch.dtype) -> None:
+    scheduler = flow_sde.build(flow_sde.FlowSDEOptions.model_validate({"grid": grid}))
+    times = scheduler.times(10, 3.0).to(dtype)
     t, t_next = times[None, :-1].expand(2, -1), times[None, 1:].expand(2, -1)
-    noise = torch.tensor([[0.8], [0.3]]).expand(2, 10)
-    v, x = normals(2, 10, 3, 2, seed=1), normals(2, 10, 3, 2, seed=2)
-    step = SDE.transition(v, x, t, t_next, noise)
-    assert step.mean.dtype == step.std.dtype == torch.float32
+    noise = torch.tensor([[0.8], [0.3]], dtype=dtype).expand(2, 10)
+    v, v_old, x, eps = (normals(2, 10, 8, 9, seed=seed).to(dtype) for seed in (1, 2, 3, 4))
+    v_old = v + 0.1 * v_old
+    step = scheduler.transition(v, x, t, t_next, noise)
+    old = scheduler.transition(v_old, x, t, t_next, noise)
+    x_next = old.mean + old.std * eps
+    ours = step.log_ratio(x_next, old.mean)
+    assert step.mean.dtype == step.std.dtype == ours.dtype == dtype
     assert step.std.shape == (2, 10, 1, 1)
-    for b, k in np.ndindex(2, 10):
-        point = (t[b, k].item(), t_next[b, k].item(), noise[b, k].item())
-        for c, d in np.ndindex(3, 2):
-            mean, std = closed_form(v[b, k, c, d].item(), x[b, k, c, d].item(), *point)
-            assert step.mean[b, k, c, d].item() == pytest.approx(mean, abs=1e-6)
-            assert step.std[b, k, 0, 0].item() == pytest.approx(std, abs=1e-6)
+
+    at = [y[..., None, None].expand(2, 10, 8, 9).numpy() for y in (t, t_next, noise)]
+    mean, std = closed_form(v.numpy(), x.numpy(), *at)
+    old_mean, _ = closed_form(v_old.numpy(), x.numpy(), *at)
+    new_term, old_term = (
+        -((np.float64(x_next.numpy()) - mu) ** 2) / (2 * std**2) for mu in (mean, old_mean)
+    )
+    log_ratio = (new_term - old_term).mean((2, 3))
+    assert np.abs(log_ratio).max() > 1e-3
+    exact = 1e-6 if dtype == torch.float32 else 1e-13
+    np.testing.assert_allclose(step.mean, mean, rtol=0, atol=exact)
+    np.testing.assert_allclose(step.std.expand_as(v), std, rtol=0, atol=exact)
+    # float32 knows a mean of 1 to 6e-8: over the std of a last step, .003, that is 2e-6.
+    wide = std[..., 0, 0] > (0.05 if dtype == torch.float32 else 0)
+    assert wide.sum() >= 18
+    np.testing.assert_allclose(ours.numpy()[wide], log_ratio[wide], rtol=0, atol=exact)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25])
@@ -79,16 +100,24 @@ def test_noise_level_zero_is_exactly_the_euler_step_also_in_a_mixed_batch() -> N
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_euler_step_is_that_of_diffusers(shift: float) -> None:
+@pytest.mark.parametrize("grid", ["linear", "diffusers"])
+@pytest.mark.parametrize("method", [flow_sde, ode])
+def test_steps_at_noise_0_are_those_of_diffusers(
+    method: ModuleType, grid: str, shift: float
+) -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
-    theirs.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6).tolist())
-    times = ODE.times(6, shift).float()
+    if grid == "linear":
+        theirs.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6).tolist())
+    else:
+        theirs.set_timesteps(6)
+    scheduler = method.build(method.PROVIDER.options.model_validate({"grid": grid}))
+    times = scheduler.times(6, shift).float()
     x = expected = normals(1, 1, 3, 4, seed=3)
     for step, timestep in enumerate(theirs.timesteps):
         v = normals(1, 1, 3, 4, seed=10 + step)
         expected = theirs.step(v, timestep, expected).prev_sample
         t, t_next = times[step].reshape(1, 1), times[step + 1].reshape(1, 1)
-        x = ODE.transition(v, x, t, t_next, torch.zeros(1, 1)).mean
+        x = scheduler.transition(v, x, t, t_next, torch.zeros(1, 1)).mean
         torch.testing.assert_close(x, expected, atol=1e-6, rtol=0)
 
 
@@ -143,8 +172,8 @@ def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Te
     return terms.flatten(2).mean(2)
 
 
-def test_the_log_ratio_keeps_digits_that_a_difference_of_log_probs_loses() -> None:
-    size = (2, 3, 64, 64, 64)
+def test_the_log_ratio_of_262144_elements_keeps_what_a_difference_of_log_probs_loses() -> None:
+    size = (2, 3, 64, 64, 64)  # 262,144 elements a step: the paper's
     std = torch.tensor([0.8, 0.4, 0.1]).reshape(1, 3, 1, 1, 1)
     old_mean = normals(*size, seed=1)
     x_next = old_mean + std * normals(*size, seed=2)
@@ -168,3 +197,23 @@ def test_the_log_ratio_is_that_of_the_normal_distribution() -> None:
     ours = GaussianTransition(mean, std).log_ratio(x, old)
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
     assert not GaussianTransition(mean, std).log_ratio(x, mean).any()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "noise_level", "part"),
+    [(SDE, 0.8, "mean"), (SDE, 0.8, "log_ratio"), (SDE, 0.0, "mean"), (ODE, 0.0, "mean")],
+)
+def test_gradients_of_a_transition(
+    scheduler: flow_sde.FlowSDE | ode.ODE, noise_level: float, part: str
+) -> None:
+    """By velocity and latents; at the first step, in the middle, and at the last."""
+    times = scheduler.times(3, 3.0)
+    t, t_next = times[None, :-1], times[None, 1:]
+    noise = torch.full_like(t, noise_level)
+    v, x, x_next, old_mean = (normals(1, 3, 2, 2, seed=seed).double() for seed in (1, 2, 3, 4))
+
+    def value(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        step = scheduler.transition(v, x, t, t_next, noise)
+        return step.mean if part == "mean" else step.log_ratio(x_next, old_mean)
+
+    assert torch.autograd.gradcheck(value, (v.requires_grad_(), x.requires_grad_()))

@@ -17,14 +17,20 @@ Mathematics
         std  = sigma_t sqrt(-dt).
 
 Convention
-    Marginals: those of the ODE, for an exact v and in the limit of small steps; a finite step keeps
-    them to first order in dt, and a learned v only as far as it is the true expectation.
+    Marginals: those of the ODE, for an exact v and in the limit of small steps, and for a learned v
+    only as far as it is the true expectation. A step keeps the mean exactly and the variance to
+    first order in dt, but not near t = 1 (see below).
     Noise 0: mean is exactly the Euler step x + v dt and std exactly 0; points of both kinds may be
     mixed in a batch.
     At t = 1 sigma is infinite, so 1 - t in its denominator becomes 1 - t_next there. Whatever the
     grid, the first step is then x (1 - a^2 / 2) + v dt with std a, which inflates the variance of
     the pure noise by a factor of about 1 + a^4 / 4 (1.10 at a = .8).
-    Near t = 1 sigma stays large: at T = 25, shift 3, a = .8 the second step has sigma 6.8, std .82.
+    Near t = 1 sigma diverges: at T = 25, shift 3, a = .8 the second step has sigma 6.8, std .82.
+    So the variance after k stochastic steps from t = 1 is too large by a factor 1 + e_k, which for
+    large T does not depend on T,
+        e_1 = a^4 / 4,   e_(k+1) = (1 - a^2 / (2 k))^2 e_k + a^4 / (2 k)^2,
+    and for a = .8 is largest after the second step (1.15). At a fixed t below 1 the excess vanishes
+    as T^-min(a^2, 1): slowly for a small a, which has little of it.
     x_t, t, t_next and noise_level are float32, and so is all arithmetic, also for a bfloat16 v.
 
 Deviations and readings
