@@ -30,6 +30,15 @@ UND = ""
 GEN = "_moe_gen"
 
 
+@dataclass(frozen=True, eq=False)
+class Before:
+    """Text that stands before other text: per layer its keys and values [R, Hk, L, d]."""
+
+    caches: list[LayerCache]
+    lengths: Tensor  # int64 [R]
+    hidden: Tensor  # bool [R, L], the slots that hold nothing
+
+
 @dataclass(frozen=True)
 class Rotary:
     """cos and sin [R, 1, L, d] (or [R, 1, 1, d]) of the positions of a stream; the first half of
@@ -111,9 +120,11 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
     """Attention of q [R, H, Lq, d] to all keys [R, Hk, Lk, d] but the padded ones (additive mask
-    [R, 1, 1, Lk], or None). The query heads that share a key head are folded into the query length,
-    so keys are never repeated."""
+    [R, 1, 1 or Lq, Lk], or None). The query heads that share a key head are folded into the query
+    length, so keys are never repeated."""
     rows, heads, length, d = q.shape
+    if padding is not None and padding.shape[2] > 1:
+        padding = padding.repeat(1, 1, heads // k.shape[1], 1)
     folded = q.reshape(rows, k.shape[1], heads // k.shape[1] * length, d)
     return F.scaled_dot_product_attention(folded, k, v, padding).view(rows, heads, length, d)
 
@@ -152,14 +163,27 @@ class Layer(nn.Module):
         y: Tensor = part(self, f"mlp{expert}")(normed, frozen=frozen)
         return x + y
 
-    def text(self, x: Tensor, rope: Rotary, *, want_x: bool = True) -> tuple[Tensor, LayerCache]:
-        """A text stream [R, L, D] from an empty context; without ``want_x`` it comes back as it
-        is, for a last layer of which only the cache matters."""
+    def text(
+        self,
+        x: Tensor,
+        rope: Rotary,
+        before: LayerCache | None = None,
+        mask: Tensor | None = None,
+        *,
+        want_x: bool = True,
+    ) -> tuple[Tensor, LayerCache]:
+        """A text stream [R, L, D], from an empty context or, with an additive mask
+        [R, 1, L, Lb + L], over the cache of what stands before. Returns it with the cache of both;
+        without ``want_x`` as it is, for a last layer of which only the cache matters."""
         normed, attention = self.normed(x, UND), self.self_attn
         k, v = attention.entry(normed, UND)
         k = rope(k)
+        if before is not None:
+            k, v = (torch.cat(both, 2) for both in zip(before, (k, v), strict=True))
         if want_x:
-            x = self.finish(x, attend_causal(rope(attention.query(normed, UND)), k, v), UND)
+            q = rope(attention.query(normed, UND))
+            seen = attend_causal(q, k, v) if mask is None else attend_all(q, k, v, mask)
+            x = self.finish(x, seen, UND)
         return x, (k, v)
 
     def step(
@@ -299,15 +323,27 @@ class BagelNetwork(nn.Module):
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         return (rows[:, None] * self.config.latent.max_size + columns).flatten()
 
-    def text(self, ids: Tensor, *, want_hidden: bool = True) -> tuple[Tensor, list[LayerCache]]:
+    def text(
+        self, ids: Tensor, before: Before | None = None, *, want_hidden: bool = True
+    ) -> tuple[Tensor, list[LayerCache]]:
         """Final hidden states [R, L, D] (unless not wanted) and cache of right-padded ids [R, L],
-        positions from 0."""
+        from an empty context or after other text, whose slots come first in the cache."""
         x = self.embed(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        rope = rotary(positions, self.config.llm, x.dtype)
+        places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        mask = None
+        if before is not None:
+            places = places + before.lengths[:, None]
+            future = torch.full((ids.shape[1],) * 2, float("-inf"), device=ids.device).triu(1)
+            past = torch.zeros(before.hidden.shape, device=ids.device)
+            past = past.masked_fill(before.hidden, float("-inf"))[:, None]
+            size = (len(ids), ids.shape[1], -1)
+            mask = torch.cat((past.expand(size), future.expand(size)), 2)[:, None]
+        rope = rotary(places, self.config.llm, x.dtype)
         caches = []
-        for layer in self.layers:
-            x, cache = layer.text(x, rope, want_x=want_hidden or layer is not self.layers[-1])
+        for number, layer in enumerate(self.layers):
+            wanted = want_hidden or number + 1 < len(self.layers)
+            kept = None if before is None else before.caches[number]
+            x, cache = layer.text(x, rope, kept, mask, want_x=wanted)
             caches.append(cache)
         hidden: Tensor = self.transformer.norm(x)
         return hidden, caches

@@ -130,14 +130,17 @@ def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tens
     return torch.tensor(padded, dtype=torch.int64, device=device).view(len(rows), width)
 
 
-def padding_mask(
-    lengths: Sequence[int], width: int, extra: int, device: torch.device
-) -> Tensor | None:
-    """Additive float32 [B, 1, 1, width + extra] that hides the slots from each length to
-    ``width``; None if nothing is hidden."""
-    if all(length == width for length in lengths):
+def empty_slots(lengths: Sequence[int], width: int) -> Tensor:
+    """bool [B, width] on the CPU: the slots from each length on, which hold nothing."""
+    return torch.arange(width)[None] >= torch.tensor(lengths)[:, None]
+
+
+def padding_mask(hidden: Tensor, extra: int, device: torch.device) -> Tensor | None:
+    """Additive float32 [B, 1, 1, L + extra] that hides slots (bool [B, L], on the CPU) and none of
+    the ``extra`` ones after them; None if nothing is hidden."""
+    if not bool(hidden.any()):
         return None
-    hidden = torch.arange(width)[None] >= torch.tensor(lengths)[:, None]
-    mask = torch.zeros(len(lengths), 1, 1, width + extra)
+    rows, width = hidden.shape
+    mask = torch.zeros(rows, 1, 1, width + extra)
     mask[:, 0, 0, :width].masked_fill_(hidden, float("-inf"))
     return mask.to(device)
