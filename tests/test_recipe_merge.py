@@ -100,8 +100,9 @@ def test_a_circle_is_shown_as_a_chain(write):
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
-        ("", None, "the file is empty"),
-        (" \n\n", None, "the file is empty"),
+        ("", None, "the file states nothing"),
+        (" \n\n", None, "the file states nothing"),
+        ("# a = 1\n", None, "the file states nothing"),
         ("a = 1\nb = \n", 2, "not valid TOML: Invalid value"),
         ("a = 1\n\nb = [1,", 3, "not valid TOML: Invalid value"),
         ("a = 1\na = 2", 2, "not valid TOML: Cannot overwrite a value"),
@@ -127,7 +128,9 @@ def test_missing_files(write, tmp_path):
         ("a.toml", 2, "extends.0"),
         ("a.toml", 3, "extends.1"),
     ]
-    assert told[0][3].endswith("gone.toml: no such file")
+    assert told[0][3].endswith(
+        "gone.toml: no such file; a path counts from the file that states it"
+    )
     assert told[1][3].endswith("_base: is a folder, not a recipe file")
 
 
