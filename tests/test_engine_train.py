@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from tiny import final_weights, is_image, lines
 
-from unigrpo_core.engine.loop import Run
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import advantages, episodes, score
 from unigrpo_core.engine.trainset import build_train_set
@@ -403,16 +402,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(train, tmp_path):
 
 
 # --- the run folder ---------------------------------------------------------------------------
-
-
-def test_the_folder_is_refused_before_anything_is_built(checkpoint, tmp_path):
-    out = tmp_path / "taken"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
-    resolved = tiny.recipe(tmp_path, checkpoint)
-    with pytest.raises(UserError, match="not an empty folder"):
-        Run(resolved, out, tiny.Silent())
-    assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
 def test_run_json_says_what_ran(train):

@@ -130,7 +130,9 @@ def check_place(path: Path) -> None:
     above = next(place for place in places if place.exists())
     if not above.is_dir():
         why = f"{above} is no folder"
-    elif not os.access(above, os.W_OK | os.X_OK):
+    elif not os.access(
+        above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
         why = f"no right to write in {above}"
     else:
         return

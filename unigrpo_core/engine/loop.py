@@ -39,7 +39,7 @@ class Reporter(Protocol):
 
 
 class Run:
-    """One run of a recipe in its folder.
+    """One run of a recipe in its folder; ``notes`` are what its user should know before.
 
     Raises:
         UserError: before anything is written, if the folder is taken, a part cannot be built, or
@@ -50,7 +50,7 @@ class Run:
         self.resolved, self.recipe = resolved, resolved.recipe
         self.folder, self.reporter = RunFolder(path), reporter
         self.setup = build_setup(resolved, path)
-        check_prompts(self.setup)
+        self.notes = check_prompts(self.setup)
         self.updater = Updater(self.setup)
         self.history: list[tuple[int, dict[str, float]]] = []
         self.shown: dict[int, list[Card]] = {}

@@ -143,7 +143,7 @@ def _elsewhere(asked: Origin, file: Path) -> str:
 
 def _parse(text: str, file: Path, problems: list[Problem]) -> Node | None:
     try:
-        data = tomllib.loads(text)
+        data = tomllib.loads(f"{text}\n")  # a mistake in the last line is then said to be there
     except tomllib.TOMLDecodeError as error:
         line, message = explain(error, text)
         problems.append(Problem(Origin(file, line), "", message))
