@@ -486,6 +486,16 @@ def test_a_bug_is_one_line_and_where_the_folder_is(run, out, monkeypatch, capsys
     assert kept(out) == {"evaluation": 1}
 
 
+def test_too_little_memory_names_the_keys_that_lower_the_need(run, out, monkeypatch):
+    monkeypatch.setattr(Run, "_step", lambda self, step: torch.empty(1 << 60))
+    code, err = run("compute.rollout_rows=77")
+    assert code == 1
+    first, note = err.splitlines()
+    assert first.startswith("out of memory: lower compute.rollout_rows (now 77) or compute.replay")
+    assert "can't allocate memory" in first
+    assert note == f"{out} keeps what was measured up to step 0 of 2"
+
+
 def test_debug_shows_the_traceback_of_a_run(run, out, tmp_path, checkpoint, capsys):
     file = tiny.recipe_file(tmp_path, checkpoint)
     argv = ("run", str(file), "--out", str(out), "--set")

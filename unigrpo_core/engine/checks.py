@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 
 from unigrpo_core.engine.gap import finite
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.interfaces import PromptSource
+from unigrpo_core.recipe import Recipe
 from unigrpo_core.records import ImageSegment, Prompt, Rollout, TextSegment
 
 LOOKED_AT = 4096  # prompts of the stream that are looked at before a run begins
@@ -89,3 +93,23 @@ def check_finite(rollout: Rollout) -> None:
         elif isinstance(segment, ImageSegment):
             finite("the model has diverged: a sampled latent", segment.latents)
             finite("the model has diverged: a decoded image", segment.images)
+
+
+@contextmanager
+def memory(recipe: Recipe) -> Iterator[None]:
+    """Around whatever takes memory by the row.
+
+    Raises:
+        UserError: there is too little, on the device or here.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        kinds = (MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory: lower compute.rollout_rows (now {recipe.compute.rollout_rows}) or "
+            f"compute.replay_tokens (now {recipe.compute.replay_tokens}), which change no draw; "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error

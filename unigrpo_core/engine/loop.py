@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from unigrpo_core.engine.checks import check_finite, check_prompts, training_prompts
+from unigrpo_core.engine.checks import check_finite, check_prompts, memory, training_prompts
 from unigrpo_core.engine.clock import Clock
 from unigrpo_core.engine.evaluate import evaluate
 from unigrpo_core.engine.events import Log, events
@@ -65,7 +65,8 @@ class Run:
         try:
             with events(self.setup.accelerator, self.folder.path) as log:
                 self.reporter.started(self.resolved, self.folder.path, self.setup)
-                self._train(log)
+                with memory(self.recipe):
+                    self._train(log)
             with whole(self.folder.path / "final") as partial:
                 self.setup.policy.save(partial)
         except BaseException as error:
