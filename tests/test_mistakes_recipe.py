@@ -223,13 +223,18 @@ def test_components(unigrpo, folder, text, lines, code):
 
 
 def test_a_grandchild_is_told_what_its_grandparent_replaced(unigrpo, folder):
-    (folder / "middle.toml").write_text(PARENT + '[image.window]\nuse = "fixed"')
-    (folder / "mine.toml").write_text('extends = ["middle.toml"]\n[image.window]\nrange = [0, 5]')
+    (folder / "middle.toml").write_text(
+        PARENT + '[image.window]\nuse = "fixed"\n[image.scheduler]\nuse = "ode"'
+    )
+    (folder / "mine.toml").write_text(
+        'extends = ["middle.toml"]\n[image.window]\nrange = [0, 5]\n[image.scheduler]\nshift = 2'
+    )
     tells(
         unigrpo,
         (
             "mine.toml:2: image.window.steps: required: numbers of the stochastic steps, rising",
             "mine.toml:3: image.window.range: unknown key: an option of 'random', not of 'fixed'",
+            "mine.toml:4: image.scheduler.steps: required: denoising steps; the 8 of no_cfg_mse.to",
         ),
         2,
     )

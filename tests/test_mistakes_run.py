@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -409,8 +410,10 @@ def test_a_full_disk(run, out, sizes, file, sheet, measured):
     assert not (out / "final").exists()
 
 
-def test_a_disk_that_is_full_for_tensorboard(run, out, sizes):
+def test_a_disk_that_is_full_for_tensorboard(run, out, sizes, monkeypatch):
     """It writes in a thread of its own, which would print a traceback of its own."""
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
     limit = sizes["run.json"] + 1
     with largest_file(limit):
         code, err = run("steps=40", "evaluation.every=0", "prompts=2", "group.fan_out=[2, 1]")
@@ -419,6 +422,8 @@ def test_a_disk_that_is_full_for_tensorboard(run, out, sizes):
     assert first == f"{out / 'tensorboard'} cannot be written: {os.strerror(errno.EFBIG)}"
     steps = kept(out)["metrics"]
     assert 0 < steps < 40
+    assert printed == []
+    assert threading.excepthook == printed.append
     assert note == f"{out} keeps what was measured up to step {steps} of 40"
 
 
