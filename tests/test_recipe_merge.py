@@ -185,7 +185,11 @@ def test_overrides(write, overrides, key, value):
         ("a", "a", "expected path=value"),
         ("=1", "=1", "expected path=value"),
         ("a..b=1", "a..b=1", "expected path=value"),
-        ("a=1 2", "a", "'1 2' is neither a TOML value nor a plain word"),
+        (
+            "a=1 2",
+            "a",
+            "'1 2' is neither a TOML value nor a plain word; text stands in quotes, also",
+        ),
         ("a=[1", "a", "'[1' is neither"),
         ("a=", "a", "'' is neither"),
         ("a=1\nb=2", "a", "'1\\nb=2' is neither"),

@@ -240,7 +240,9 @@ def _value(text: str) -> Node:
         value = data["value"]
     except ValueError:
         if not _WORD.fullmatch(text):
-            raise ValueError(f"{text!r} is neither a TOML value nor a plain word") from None
+            hint = "; text stands in quotes, also within the shell's" if " " in text else ""
+            message = f"{text!r} is neither a TOML value nor a plain word{hint}"
+            raise ValueError(message) from None
         value = text
 
     def node(value: Any) -> Node:
