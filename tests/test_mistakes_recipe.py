@@ -256,6 +256,13 @@ RULES = [
         "parts; nearest are prompts = 10 or 15, or updates.count = 4",
     ),
     case(
+        "batch-beyond-measure",
+        "prompts = 999999999999999999999",
+        "mine.toml:2: prompts: prompts = 999999999999999999999 cannot be split into updates.count "
+        "= 2 equal parts; nearest are prompts = 999999999999999999998 or 1000000000000000000000, "
+        "or updates.count = 1",
+    ),
+    case(
         "group-of-one",
         "group = { fan_out = [1, 1] }",
         "mine.toml:2: group.fan_out: makes text groups of 1, whose advantages are all 0; 2 are",

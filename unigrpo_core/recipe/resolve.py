@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from unigrpo_core.catalog import Catalog, Component
 from unigrpo_core.recipe.emit import leaves, lines
+from unigrpo_core.recipe.positions import KeyPath
 from unigrpo_core.recipe.problems import Origin, Problem, RecipeError
 from unigrpo_core.recipe.rules import broken_rules
 from unigrpo_core.recipe.schema import Recipe, slots
@@ -102,11 +103,11 @@ def difference(a: Resolved, b: Resolved) -> list[tuple[str, Any | None, Any | No
     ]
 
 
-def _later(tree: Node, one: tuple[str | int, ...], two: tuple[str | int, ...], file: Path) -> bool:
+def _later(tree: Node, one: KeyPath, two: KeyPath, file: Path) -> bool:
     """Whether key ``one`` is stated in a later layer than ``two``: by --set, or in the file itself
     and not in one that it extends."""
 
-    def layer(path: tuple[str | int, ...]) -> int:
+    def layer(path: KeyPath) -> int:
         node, found = tree.at(path)
         if found != path:
             return 0
@@ -115,7 +116,7 @@ def _later(tree: Node, one: tuple[str | int, ...], two: tuple[str | int, ...], f
     return layer(one) > layer(two)
 
 
-def _origin(tree: Node, path: tuple[str | int, ...]) -> Origin | Literal["default", "--set"]:
+def _origin(tree: Node, path: KeyPath) -> Origin | Literal["default", "--set"]:
     node, found = tree.at(path)
     if found != path:
         return "default"

@@ -97,8 +97,9 @@ def _updates(recipe: Recipe) -> Broke:
     count, prompts = recipe.updates.count, recipe.prompts
     if recipe.updates.data == "disjoint" and prompts % count:
         below, above = prompts - prompts % count, prompts - prompts % count + count
-        divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - count))
+        close = min(count, prompts)
+        around = (n for by in range(1000) for n in (close - by, close + by) if n > 0)
+        nearest = next((n for n in around if prompts % n == 0), 1)
         message = (
             f"prompts = {prompts} cannot be split into updates.count = {count} equal parts; "
             f"nearest are prompts = {f'{below} or {above}' if below else above}, "
