@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_plugin import RECIPE, fake_catalog
 
 from unigrpo_core import cli
+from unigrpo_core.catalog import Catalog
 from unigrpo_core.errors import UserError
 from unigrpo_core.recipe import shipped
 
@@ -88,6 +90,21 @@ def test_check_json(run):
     assert good["notes"] == ["policy unified: weights are not there yet"]
     assert not bad["ok"]
     assert (bad["problems"][0]["line"], bad["problems"][0]["path"]) == (1, "seed")
+
+
+def test_check_of_a_plugin_that_cannot_say_its_notes_tells_the_other_recipes_too(run, monkeypatch):
+    catalog = fake_catalog()
+    old = catalog.find("policy", "unified")
+    provider = replace(old.provider, notes=lambda options: 1 / 0)
+    items = [i if i is not old else replace(old, provider=provider) for i in catalog.components]
+    monkeypatch.setattr(cli.check, "load_catalog", lambda: Catalog(tuple(items)))
+    code, out, err = run("check", "good.toml", "bad.toml")
+    assert (code, err) == (2, "")
+    told = "good.toml: policy 'unified' of fakes 1.2 cannot say its notes: ZeroDivisionError: "
+    assert out.splitlines()[0].startswith(told)
+    assert out.splitlines()[1].startswith("bad.toml:1: seed:")
+    code, out, _ = run("check", "good.toml", "--json")
+    assert (code, json.loads(out)[0]["ok"]) == (3, False)
 
 
 # --- show -------------------------------------------------------------------------------------

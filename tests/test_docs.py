@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from unigrpo_core.catalog import Catalog, collect, load_catalog
+from unigrpo_core.cli import main
 from unigrpo_core.plugin import Hooks
 from unigrpo_core.recipe import RecipeError, find_recipe, load_recipe, shipped_recipes
 from unigrpo_core.records import FlowStep, Prompt, RewardBatch
@@ -104,6 +105,43 @@ def test_a_broken_recipe_gives_the_errors_shown(block, recipes):
     shown = BLOCKS[BLOCKS.index(block) + 1]
     assert shown.mark == "errors"
     assert f"{caught.value}\n" == shown.text
+
+
+def printed(capsys, *argv):
+    """What a command prints as JSON, and its exit code."""
+    code = main(argv)
+    return json.loads(capsys.readouterr().out), code
+
+
+def test_check_as_json_is_as_shown(recipes, capsys):
+    [shown], [block] = marked("json", "check"), marked("toml", "mistaken")
+    (recipes / "recipe.toml").write_text(block.text)
+    found, code = printed(capsys, "check", "recipe.toml", "fast.toml", "--json")
+    expected = json.loads(shown.text.replace("/home/me", str(recipes)))
+    assert len(found[1]["hash"]) == 64
+    expected[1]["hash"] = found[1]["hash"]
+    assert (found, code) == (expected, 2)
+
+
+def test_show_as_json_has_the_keys_named(recipes, capsys):
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| `unigrpo (show.*) --json` \| (.*) \|$", page, re.MULTILINE)
+    named = {command: re.findall(r"`\{(.*?)\}`", prints) for command, prints in rows}
+    names = ("no_cfg_mse", "cfg_mse")
+    listed, _ = printed(capsys, "show", "--json")
+    one, _ = printed(capsys, "show", names[0], "--json")
+    two, _ = printed(capsys, "show", *names, "--json")
+    assert named == {
+        "show": [", ".join(listed[0])],
+        "show A": [", ".join(one)],
+        "show A B": [", ".join(two), ", ".join(two["differences"][0])],
+    }
+    assert one["values"]["image"]["scheduler"]["steps"] == 8
+    assert one["origins"]["image.scheduler.steps"].rpartition("/")[2] == "no_cfg_mse.toml:37"
+    assert one["origins"]["seed"] == "default"
+    assert (two["a"], two["b"]) == names
+    [row] = [row for row in two["differences"] if row["path"] == "image.guidance.scale"]
+    assert (row["a"], row["b"]) == (None, 2.0)
 
 
 # --- plugins ----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from tiny import Silent, recipe
 from unigrpo_board.prompts import BoardPrompts
 from unigrpo_models.bagel.policy import BagelPolicy
 
-from unigrpo_core.engine.folder import RunFolder
 from unigrpo_core.engine.loop import Run
 from unigrpo_core.engine.rollout import sample
 from unigrpo_core.engine.setup import choose_device
@@ -126,21 +125,6 @@ def test_no_held_out_prompt(refused, tmp_path):
     assert "source.held_out_fraction" in message
 
 
-@pytest.mark.parametrize("bad", ["red zebra", "red " * 70], ids=["unknown", "long"])
-@pytest.mark.parametrize("held_out", [True, False])
-def test_a_prompt_that_the_policy_does_not_take(refused, tmp_path, bad, held_out):
-    other = tmp_path / "other.txt"
-    other.write_text(("blue square" if not held_out else bad) + "\n")
-    source = of_file(
-        tmp_path / "p.txt",
-        *(f"red {'circle ' * n}" for n in range(1, 4)),
-        "blue circle" if held_out else bad,
-        more=f", held_out_path={json.dumps(str(other))}",
-    )
-    message = refused(source)
-    assert "does not know 'zebra'" in message or "takes 7" in message
-
-
 @pytest.mark.parametrize(
     ("reward", "episode", "reads", "lacks"),
     [("brightness", "think", "image", "draw"), ("word", "draw", "thought", "think")],
@@ -237,36 +221,3 @@ def test_a_detail_that_is_gone_at_the_end_is_left_out_of_the_gain(train, monkeyp
     run = train("run", "rewards=[{use='board_verifier'}]", "image.size=[24, 24]", "steps=1")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["gain"].keys() == {"board_verifier", "board_verifier/quality"}
-
-
-# --- the run folder ---------------------------------------------------------------------------
-
-
-def full(*_, **__):
-    raise OSError(28, "No space left on device")
-
-
-def test_a_full_disk_is_the_users(tmp_path, checkpoint, monkeypatch):
-    resolved = recipe(tmp_path, checkpoint)
-    folder = RunFolder(tmp_path / "run")
-    folder.create(resolved)
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: No space left"):
-        folder.append("metrics.jsonl", {"step": 1})
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(UserError, match=r"summary\.json cannot be written: No space left"):
-        folder.write("summary.json", {})
-    with pytest.raises(UserError, match="other cannot be written: No space left"):
-        RunFolder(tmp_path / "other").create(resolved)
-
-
-def test_a_folder_that_cannot_be_read_is_the_users(tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "iterdir", full)
-    with pytest.raises(UserError, match="cannot be read: No space left"):
-        RunFolder(tmp_path)
-
-
-def test_weights_that_cannot_be_saved_are_the_users(train, monkeypatch):
-    monkeypatch.setattr(BagelPolicy, "save", full)
-    with pytest.raises(UserError, match="final cannot be written: No space left"):
-        train("run", "steps=1")

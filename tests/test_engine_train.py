@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from tiny import final_weights, is_image, lines, train_set
 
-from unigrpo_core.engine.loop import Run
 from unigrpo_core.engine.update import Updater
 from unigrpo_core.errors import PluginError, UserError
 
@@ -334,16 +333,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(train, tmp_path):
 
 
 # --- the run folder ---------------------------------------------------------------------------
-
-
-def test_the_folder_is_refused_before_anything_is_built(checkpoint, tmp_path):
-    out = tmp_path / "taken"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep")
-    resolved = tiny.recipe(tmp_path, checkpoint)
-    with pytest.raises(UserError, match="not an empty folder"):
-        Run(resolved, out, tiny.Silent())
-    assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
 def test_run_json_says_what_ran(train):

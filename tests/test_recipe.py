@@ -214,7 +214,7 @@ def test_paths_count_from_the_file_that_states_them(load, tmp_path, monkeypatch)
         ),
         (
             '[image.window]\nrange = [0,\n"5"]',
-            (4, "image.window.range.1", 'should be a valid integer, got "5" (lo and hi'),
+            (4, "image.window.range.1", 'should be a valid integer, got "5"; write it'),
         ),
         ("[image.window]\nsize = 0", (3, "image.window.size", "should be greater than or equal")),
         (

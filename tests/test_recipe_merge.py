@@ -100,8 +100,9 @@ def test_a_circle_is_shown_as_a_chain(write):
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
-        ("", None, "the file is empty"),
-        (" \n\n", None, "the file is empty"),
+        ("", None, "the file states nothing"),
+        (" \n\n", None, "the file states nothing"),
+        ("# a = 1\n", None, "the file states nothing"),
         ("a = 1\nb = \n", 2, "not valid TOML: Invalid value"),
         ("a = 1\n\nb = [1,", 3, "not valid TOML: Invalid value"),
         ("a = 1\na = 2", 2, "not valid TOML: Cannot overwrite a value"),
@@ -127,7 +128,9 @@ def test_missing_files(write, tmp_path):
         ("a.toml", 2, "extends.0"),
         ("a.toml", 3, "extends.1"),
     ]
-    assert told[0][3].endswith("gone.toml: no such file")
+    assert told[0][3].endswith(
+        "gone.toml: no such file; a path counts from the file that states it"
+    )
     assert told[1][3].endswith("_base: is a folder, not a recipe file")
 
 
@@ -182,7 +185,11 @@ def test_overrides(write, overrides, key, value):
         ("a", "a", "expected path=value"),
         ("=1", "=1", "expected path=value"),
         ("a..b=1", "a..b=1", "expected path=value"),
-        ("a=1 2", "a", "'1 2' is neither a TOML value nor a plain word"),
+        (
+            "a=1 2",
+            "a",
+            "'1 2' is neither a TOML value nor a plain word; text stands in quotes, also",
+        ),
         ("a=[1", "a", "'[1' is neither"),
         ("a=", "a", "'' is neither"),
         ("a=1\nb=2", "a", "'1\\nb=2' is neither"),

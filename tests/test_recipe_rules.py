@@ -72,9 +72,21 @@ def test_what_is_right(broken, overrides):
         (
             ("updates.count=5",),
             "updates.count",
-            "12 prompts cannot be split into 5 equal parts; 4 is the nearest",
+            "prompts = 12 cannot be split into updates.count = 5 equal parts; nearest are "
+            "prompts = 10 or 15, or updates.count = 4",
         ),
-        (("updates.count=24",), "updates.count", "12 prompts cannot be split into 24 equal parts"),
+        (
+            ("updates.count=24",),
+            "updates.count",
+            "prompts = 12 cannot be split into updates.count = 24 equal parts; nearest are "
+            "prompts = 24, or updates.count = 12",
+        ),
+        (
+            ("prompts=13",),
+            "prompts",
+            "prompts = 13 cannot be split into updates.count = 2 equal parts; nearest are "
+            "prompts = 12 or 14, or updates.count = 1",
+        ),
         (("start=nowhere",), "start", "should be the folder of a finished run"),
         (
             ("policy.use=writer", "image.guidance.use=none"),

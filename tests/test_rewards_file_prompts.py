@@ -128,8 +128,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         source(str(tmp_path / "missing.txt"))
     with pytest.raises(UserError, match=r"\.txt or \.jsonl"):
         source(write(tmp_path, "a.csv", "one"))
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(UserError, match=r"latin\.txt: cannot be read"):
+    (tmp_path / "latin.txt").write_bytes(b"tea\ncaf\xe9\n")
+    with pytest.raises(UserError, match=r"latin\.txt:2: not UTF-8 text"):
         source(str(tmp_path / "latin.txt"))
 
 
@@ -148,8 +148,18 @@ def test_wrong_options(given: dict[str, object], message: str) -> None:
         file_prompts.FilePromptsOptions.model_validate(given)
 
 
+def test_carriage_returns_end_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\rfour\n")
+    lines = file_prompts.read(tmp_path / "a.txt")
+    assert [(line.number, line.prompt.text) for line in lines] == [
+        (1, "one"),
+        (2, "two"),
+        (4, "four"),
+    ]
+
+
 def test_check_says_which_file_is_missing(tmp_path: Path) -> None:
-    there = write(tmp_path, "a.txt", "one")
+    there = write(tmp_path, "a.txt", "one", "two")
 
     def notes(**given: str) -> list[str]:
         options = file_prompts.FilePromptsOptions.model_validate(given)

@@ -125,15 +125,20 @@ def catalog() -> Catalog:
     return Catalog(installed.components + mine.components, installed.broken + mine.broken)
 
 
-def recipe(folder: Path, checkpoint: Path, *overrides: str) -> Resolved:
-    """The recipe above for a checkpoint, with ``path=value`` texts laid on."""
+def recipe_file(folder: Path, checkpoint: Path) -> Path:
+    """A file with the recipe above for a checkpoint."""
     file = folder / "tiny.toml"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         height, width = SIZE
         where = json.dumps(str(checkpoint))
         file.write_text(RECIPE.format(checkpoint=where, height=height, width=width))
-    return load_recipe(file, catalog(), list(overrides))
+    return file
+
+
+def recipe(folder: Path, checkpoint: Path, *overrides: str) -> Resolved:
+    """The recipe above for a checkpoint, with ``path=value`` texts laid on."""
+    return load_recipe(recipe_file(folder, checkpoint), catalog(), list(overrides))
 
 
 def setup(folder: Path, checkpoint: Path, *overrides: str) -> Setup:
@@ -248,17 +253,21 @@ class WordReward(Reward):
 
 class FaultyOptions(Options):
     fault: Literal["raise", "nan", "length", "range", "list"] = Field(description="what it does")
+    after: int = Field(0, description="how many calls are faultless")
 
 
 class FaultyReward(WordReward):
     """Breaks its interface."""
 
-    def __init__(self, fault: str) -> None:
+    def __init__(self, fault: str, after: int) -> None:
         super().__init__("red")
-        self.fault = fault
+        self.fault, self.after = fault, after
 
     def score(self, batch: RewardBatch) -> Any:
         good = super().score(batch)
+        self.after -= 1
+        if self.after >= 0:
+            return good
         if self.fault == "raise":
             raise RuntimeError("the judge is down")
         if self.fault == "nan":
@@ -290,5 +299,5 @@ class FixedReward(WordReward):
 @hookimpl
 def unigrpo_rewards():
     yield Provider("word", lambda options: WordReward(options.word), WordOptions)
-    yield Provider("faulty", lambda options: FaultyReward(options.fault), FaultyOptions)
+    yield Provider("faulty", lambda o: FaultyReward(o.fault, o.after), FaultyOptions)
     yield Provider("fixed", lambda options: FixedReward(options.values), FixedOptions)

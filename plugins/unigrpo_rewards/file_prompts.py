@@ -15,6 +15,7 @@ Convention
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -94,9 +95,12 @@ def read(path: Path) -> tuple[Line, ...]:
     if path.suffix not in {".txt", ".jsonl"}:
         raise UserError(f"{path}: a prompt file ends in .txt or .jsonl")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a UTF-8 prompt file: {error}") from error
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     parse = _json_line if path.suffix == ".jsonl" else _text_line
     lines: list[Line] = []
     seen: dict[str, int] = {}
@@ -109,13 +113,13 @@ def read(path: Path) -> tuple[Line, ...]:
         seen[prompt.id] = number
         lines.append(Line(number, prompt))
     if not lines:
-        raise UserError(f"{path}: no prompt in it")
+        raise UserError(f"{path}: no prompt in it; one stands on each line")
     return tuple(lines)
 
 
 def _numbered(text: str) -> Iterator[tuple[int, str]]:
     # Not splitlines(): a JSON string may contain the other characters that it splits on.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
         if line.strip():
             yield number, line.strip()
 
@@ -128,7 +132,10 @@ def _json_line(place: str, name: str, content: str) -> Prompt:
     try:
         record: Any = json.loads(content)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg} (column {error.colno})") from error
+        raise UserError(
+            f"{place}: not JSON: {error.msg} (column {error.colno}); "
+            'a line is one object like {"prompt": "..."}'
+        ) from error
     if not isinstance(record, dict):
         raise UserError(f'{place}: expected an object like {{"prompt": "..."}}, got {content[:60]}')
     text, name = record.pop("prompt", None), record.pop("id", name)
@@ -185,7 +192,14 @@ def build(options: FilePromptsOptions) -> FilePrompts:
 
 def notes(options: FilePromptsOptions) -> Sequence[str]:
     paths = filter(None, (options.path, options.held_out_path))
-    return [f"the prompts are not there yet: {path}" for path in paths if not Path(path).is_file()]
+    gone = [f"the prompts are not there yet: {path}" for path in paths if not Path(path).exists()]
+    if gone:
+        return gone
+    try:
+        build(options)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 PROVIDER = Provider(

@@ -24,21 +24,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(traceback.format_exc() if arguments.debug else error, file=sys.stderr)
+        _say(error, str(error), arguments.debug)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _say(error, "interrupted", arguments.debug)
         return 130
     except BrokenPipeError:  # whoever read our output has had enough, as in `unigrpo show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if arguments.debug:
-            traceback.print_exc()
-        else:
-            what = f"{type(error).__name__}: {error}"
-            print(f"a bug, please report it: {what} (--debug shows the traceback)", file=sys.stderr)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        told = f"a bug, please report it: {what} (--debug shows the traceback)"
+        _say(error, told, arguments.debug)
         return 1
+
+
+def _say(error: BaseException, told: str, debug: bool) -> None:
+    """Prints what went wrong and the notes on it, such as where a run has left its folder."""
+    notes = getattr(error, "__notes__", ())
+    lines = traceback.format_exception(error) if debug else ["\n".join((told, *notes)), "\n"]
+    print("".join(lines), end="", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigrpo_core.catalog import Catalog, load_catalog
 from unigrpo_core.cli.text import add_json, add_set, as_json
-from unigrpo_core.recipe import RecipeError, find_recipe, load_recipe
+from unigrpo_core.errors import PluginError
+from unigrpo_core.recipe import (
+    Origin,
+    Problem,
+    RecipeError,
+    Resolved,
+    find_recipe,
+    load_recipe,
+)
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -25,42 +35,63 @@ def check(arguments: argparse.Namespace) -> int:
     catalog = load_catalog()
     reports = [_report(word, catalog, arguments.set) for word in arguments.recipe]
     if arguments.json:
-        print(as_json([{k: v for k, v in report.items() if k != "code"} for report in reports]))
+        print(as_json([report.as_json() for report in reports]))
     else:
         for report in reports:
-            print(_text(report))
-    codes = {report["code"] for report in reports} - {0}
+            print(report)
+    codes = {report.code for report in reports} - {0}
     return min(codes, default=0)
 
 
-def _report(word: str, catalog: Catalog, overrides: list[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Report:
+    """What is said of one recipe; ``resolved`` is None where it has problems, ``file`` where the
+    word means none."""
+
+    word: str
+    file: Path | None
+    code: int
+    resolved: Resolved | None = None
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        recipe = self.resolved
+        return {
+            "recipe": self.word,
+            "file": None if self.file is None else str(self.file),
+            "ok": not self.problems,
+            "name": recipe and recipe.name,
+            "title": recipe and recipe.recipe.title,
+            "hash": recipe and recipe.hash,
+            "problems": [
+                {
+                    "file": None if problem.file is None else str(problem.file),
+                    "line": problem.line,
+                    "path": problem.path,
+                    "message": problem.message,
+                }
+                for problem in self.problems
+            ],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        if self.resolved is None:
+            return "\n".join(map(str, self.problems))
+        title = self.resolved.recipe.title
+        ok = f"ok {self.resolved.name}{f'  ({title})' if title else ''}"
+        return "\n  note: ".join([ok, *self.notes])
+
+
+def _report(word: str, catalog: Catalog, overrides: list[str]) -> Report:
+    file: Path | None = None
     try:
-        resolved = load_recipe(find_recipe(word), catalog, overrides)
+        file = find_recipe(word).absolute()
+        resolved = load_recipe(file, catalog, overrides)
+        return Report(word, file, 0, resolved, notes=tuple(resolved.notes()))
     except RecipeError as error:
-        problems = [
-            {
-                "file": None if problem.file is None else str(problem.file),
-                "line": problem.line,
-                "path": problem.path,
-                "message": problem.message,
-                "text": str(problem),
-            }
-            for problem in error.problems
-        ]
-        return {"recipe": word, "ok": False, "code": error.exit_code, "problems": problems}
-    return {
-        "recipe": word,
-        "ok": True,
-        "code": 0,
-        "name": resolved.name,
-        "title": resolved.recipe.title,
-        "hash": resolved.hash,
-        "notes": resolved.notes(),
-    }
-
-
-def _text(report: dict[str, Any]) -> str:
-    if not report["ok"]:
-        return "\n".join(problem["text"] for problem in report["problems"])
-    title = f"  ({report['title']})" if report["title"] else ""
-    return "\n  note: ".join([f"ok {report['name']}{title}", *report["notes"]])
+        return Report(word, file, error.exit_code, problems=error.problems)
+    except PluginError as error:  # it cannot say its notes
+        problem = Problem(Origin(file), "", str(error), plugin=True)
+        return Report(word, file, error.exit_code, problems=(problem,))

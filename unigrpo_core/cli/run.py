@@ -39,5 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or next_folder(Path("runs"), resolved.name)
     with choose_reporter() as reporter:
-        Run(resolved, out, reporter)()
+        trained = Run(resolved, out, reporter)
+        for note in trained.notes:
+            print(f"note: {note}")
+        trained()
     return 0

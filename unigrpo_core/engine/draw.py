@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from unigrpo_core.engine.checks import check_finite
+from unigrpo_core.engine.folder import check_place
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import episodes
 from unigrpo_core.engine.setup import with_policy
@@ -63,9 +63,9 @@ def draw_samples(
 
 
 def _check_place(out: Path) -> None:
-    """Whether a picture can be written there, before a model is loaded; leaves nothing behind."""
+    """Whether a picture can be written there, before a model is loaded."""
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"{out} names no picture; end it in {', '.join(FORMATS)}")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{out} cannot be written; choose another place with --out")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; choose another place with --out")
+    check_place(out)

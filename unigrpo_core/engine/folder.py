@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.recipe import Resolved
@@ -36,13 +38,36 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:  # its own name for what the system did not let it write
+        raise UserError(f"{path} cannot be written: {error}") from error
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Around whatever writes the file or folder ``path``, which it does at the place given: it
+    becomes ``path`` at the end, so that it is there whole or not at all.
+
+    Raises:
+        UserError: as :func:`writing`.
+    """
+    partial = path.with_name(f".part-{path.name}")
+    with writing(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
 
 
 class RunFolder:
-    """Fills one run's folder. Whatever of it writes raises a UserError when that fails.
+    """Fills one run's folder. Whatever of it writes raises a UserError when that fails, and leaves
+    what was written before.
 
     Raises:
-        UserError: the folder is not empty, or cannot be read.
+        UserError: the folder is not empty, cannot be read, or cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,12 +78,14 @@ class RunFolder:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         if not free:
             raise UserError(f"{path} is not an empty folder; choose another with --out")
+        check_place(path)
 
     def create(self, resolved: Resolved) -> None:
         """Makes the folder and writes what will run, before it runs."""
         with writing(self.path):
             (self.path / "sheets").mkdir(parents=True)
-            (self.path / "recipe.toml").write_text(resolved.to_toml(), encoding="utf-8")
+        with whole(self.path / "recipe.toml") as partial:
+            partial.write_text(resolved.to_toml(), encoding="utf-8")
         plugins = {
             item.distribution: item.version
             for item in sorted(resolved.components, key=lambda item: item.distribution)
@@ -76,17 +103,40 @@ class RunFolder:
 
     def write(self, name: str, data: Mapping[str, Any]) -> None:
         """Writes a JSON file whole or not at all."""
-        target = self.path / name
-        partial = target.with_name(f".{name}.part")
-        with writing(target):
+        with whole(self.path / name) as partial:
             partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, target)
 
     def append(self, name: str, data: Mapping[str, Any]) -> None:
-        """Appends one line of JSON; it is on disk when this returns."""
+        """Appends one line of JSON, whole or not at all; it is on disk when this returns."""
         target = self.path / name
-        with writing(target), target.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(data) + "\n")
+        with writing(target):
+            size = target.stat().st_size if target.exists() else 0
+            try:
+                with target.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(data) + "\n")
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(target, size)
+                raise
+
+
+def check_place(path: Path) -> None:
+    """Whether a file or folder can be written there, found out without leaving anything behind.
+
+    Raises:
+        UserError: it cannot.
+    """
+    places = path.absolute().parents if not path.is_dir() else (path,)
+    above = next(place for place in places if place.exists())
+    if not above.is_dir():
+        why = f"{above} is no folder"
+    elif not os.access(
+        above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
+        why = f"no right to write in {above}"
+    else:
+        return
+    raise UserError(f"{path} cannot be written: {why}; choose another place with --out")
 
 
 def next_folder(base: Path, name: str) -> Path:

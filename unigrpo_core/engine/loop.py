@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from unigrpo_core.engine.checks import check_finite, check_prompts, training_prompts
+from unigrpo_core.engine.checks import check_finite, check_prompts, memory, training_prompts
 from unigrpo_core.engine.clock import Clock
 from unigrpo_core.engine.evaluate import evaluate
-from unigrpo_core.engine.folder import RunFolder, writing
+from unigrpo_core.engine.events import Log, events
+from unigrpo_core.engine.folder import RunFolder, whole
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import advantages, episodes, equal_groups, score
 from unigrpo_core.engine.setup import Setup, build_setup
@@ -38,7 +39,7 @@ class Reporter(Protocol):
 
 
 class Run:
-    """One run of a recipe in its folder.
+    """One run of a recipe in its folder; ``notes`` are what its user should know before.
 
     Raises:
         UserError: before anything is written, if the folder is taken, a part cannot be built, or
@@ -49,42 +50,50 @@ class Run:
         self.resolved, self.recipe = resolved, resolved.recipe
         self.folder, self.reporter = RunFolder(path), reporter
         self.setup = build_setup(resolved, path)
-        check_prompts(self.setup)
+        self.notes = check_prompts(self.setup)
         self.updater = Updater(self.setup)
         self.history: list[tuple[int, dict[str, float]]] = []
         self.shown: dict[int, list[Card]] = {}
+        self.step = 0  # the last one that was measured
         self.train_cpu = 0.0
 
     def __call__(self) -> dict[str, Any]:
-        """Trains, evaluates, and returns the summary that it has written."""
+        """Trains, evaluates, and returns the summary that it has written. Whatever ends it before
+        bears a note on what its folder keeps."""
         start = time.perf_counter()
         self.folder.create(self.resolved)
-        with writing(self.folder.path):
-            self.setup.accelerator.init_trackers("tensorboard")
         try:
-            self.reporter.started(self.resolved, self.folder.path, self.setup)
-            self._train()
-        finally:
-            self.setup.accelerator.end_training()
-        with writing(self.folder.path / "final"):
-            self.setup.policy.save(self.folder.path / "final")
+            with events(self.setup.accelerator, self.folder.path) as log:
+                self.reporter.started(self.resolved, self.folder.path, self.setup)
+                with memory(self.recipe):
+                    self._train(log)
+            with whole(self.folder.path / "final") as partial:
+                self.setup.policy.save(partial)
+        except BaseException as error:
+            error.add_note(f"{self.folder.path} keeps what was measured{self._until()}")
+            raise
         summary = self._summary(time.perf_counter() - start)
         self.folder.write("summary.json", summary)
         self.reporter.finished(self.folder.path, summary)
         return summary
 
-    def _train(self) -> None:
+    def _until(self) -> str:
+        """For the note: how far the run came."""
+        return f" up to step {self.step} of {self.recipe.steps}" if self.history else " (nothing)"
+
+    def _train(self, log: Log) -> None:
         recipe, every = self.recipe, self.recipe.evaluation.every
-        self._evaluate(0)
+        self._evaluate(0, log)
         for step in range(1, recipe.steps + 1):
             metrics, timing = self._step(step)
             self.train_cpu += timing["cpu_s"]
             self.folder.append("metrics.jsonl", {"step": step, **metrics})
             self.folder.append("timing.jsonl", {"step": step, **timing})
-            self.setup.accelerator.log({**metrics, **_prefixed("time", timing)}, step=step)
+            self.step = step
+            log({**metrics, **_prefixed("time", timing)}, step=step)
             self.reporter.stepped(step, metrics, timing)
             if step == recipe.steps or (every and step % every == 0):
-                self._evaluate(step)
+                self._evaluate(step, log)
 
     def _step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
         setup, recipe = self.setup, self.recipe
@@ -124,7 +133,7 @@ class Run:
     def _trains(self, level: int) -> bool:
         return EXPERT_OF[self.recipe.episode[level]] in self.recipe.train
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, log: Log) -> None:
         recipe = self.recipe
         edge = step in (0, recipe.steps)
         options = recipe.evaluation
@@ -134,7 +143,7 @@ class Run:
         self.folder.append(
             "evaluation.jsonl", {"step": step, "prompts": len(result.batch), **means}
         )
-        self.setup.accelerator.log(_prefixed("evaluation", means), step=step)
+        log(_prefixed("evaluation", means), step=step)
         if options.sheet:
             self.shown[step] = cards(result, options.sheet)
             self._sheets(step)

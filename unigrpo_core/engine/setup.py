@@ -144,7 +144,7 @@ def with_policy(
     place = Placement(device, PRECISIONS[recipe.compute.precision], frozenset(recipe.train))
     policy: Policy = recipe.policy.build(place)
     if recipe.start:
-        policy.load(Path(recipe.start) / "final")
+        _load(recipe, policy, Path(recipe.start) / "final")
     text, image = recipe.text, recipe.image
     train_text, train_image = "text" in recipe.train, "image" in recipe.train
     setup = Setup(
@@ -233,6 +233,17 @@ def _device(wanted: str) -> torch.device:
 
 def _optional(slot: Slot | None) -> Any:
     return None if slot is None else slot.build()
+
+
+def _load(recipe: Recipe, policy: Policy, folder: Path) -> None:
+    """Continues from another run's weights, which may be damaged in ways of their own."""
+    try:
+        policy.load(folder)
+    except UserError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise PluginError(f"{recipe.policy.who} cannot load {folder}: {why}") from error
 
 
 def _rewards(recipe: Recipe) -> tuple[NamedReward, ...]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unigrpo_core.engine.evaluate import Evaluated
-from unigrpo_core.engine.folder import writing
+from unigrpo_core.engine.folder import whole, writing
 
 INK, FAINT, PAPER, RULE = (25, 25, 30), (105, 105, 115), (255, 255, 255), (222, 222, 228)
 PICTURE = 144
@@ -63,7 +63,8 @@ def write_sheet(path: Path, title: str, columns: Sequence[tuple[str, Sequence[Ca
     sheet = _sheet(title, columns)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+    with whole(path) as partial:
+        sheet.save(partial)
 
 
 def _sheet(title: str, columns: Sequence[tuple[str, Sequence[Card]]]) -> Image.Image:

@@ -65,7 +65,8 @@ class RecipeError(UserError):
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """The end of a message: the nearest known word, or all of them when none is near."""
-    near = get_close_matches(word, known, n=1)
+    lower = {name.lower(): name for name in known}
+    near = get_close_matches(word.lower(), lower, n=1)
     if near:
-        return f"; did you mean {near[0]!r}?"
+        return f"; did you mean {lower[near[0]]!r}?"
     return f"; there are: {', '.join(known)}" if known else ""

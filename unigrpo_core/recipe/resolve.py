@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from unigrpo_core.catalog import Catalog, Component
 from unigrpo_core.recipe.emit import leaves, lines
+from unigrpo_core.recipe.positions import KeyPath
 from unigrpo_core.recipe.problems import Origin, Problem, RecipeError
 from unigrpo_core.recipe.rules import broken_rules
 from unigrpo_core.recipe.schema import Recipe, slots
@@ -79,8 +80,11 @@ def load_recipe(path: str | Path, catalog: Catalog, overrides: Sequence[str] = (
     recipe, problems = validate(tree, catalog)
     if recipe is not None:
         for rule in broken_rules(recipe):
-            origin = tree.at(rule.path)[0].origin
-            problems.append(Problem(origin, dotted(rule.path), rule.message, rule.plugin))
+            at = rule.path
+            if rule.other is not None and _later(tree, rule.other, at, Path(path).absolute()):
+                at = rule.other
+            origin = tree.at(at)[0].origin
+            problems.append(Problem(origin, dotted(at), rule.message, rule.plugin))
     if recipe is None or problems:
         raise RecipeError(problems)
     values = recipe.model_dump(mode="json", exclude_none=True)
@@ -99,7 +103,20 @@ def difference(a: Resolved, b: Resolved) -> list[tuple[str, Any | None, Any | No
     ]
 
 
-def _origin(tree: Node, path: tuple[str | int, ...]) -> Origin | Literal["default", "--set"]:
+def _later(tree: Node, one: KeyPath, two: KeyPath, file: Path) -> bool:
+    """Whether key ``one`` is stated in a later layer than ``two``: by --set, or in the file itself
+    and not in one that it extends."""
+
+    def layer(path: KeyPath) -> int:
+        node, found = tree.at(path)
+        if found != path:
+            return 0
+        return 3 if node.origin == SET else 2 if node.origin.file == file else 1
+
+    return layer(one) > layer(two)
+
+
+def _origin(tree: Node, path: KeyPath) -> Origin | Literal["default", "--set"]:
     node, found = tree.at(path)
     if found != path:
         return "default"

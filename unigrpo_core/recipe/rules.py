@@ -24,11 +24,13 @@ _FLOW_FIELDS = frozenset(field.name for field in fields(FlowStep)) | {"std"}
 
 @dataclass(frozen=True)
 class Broken:
-    """A rule that the recipe breaks, at a key."""
+    """A rule that the recipe breaks, at a key; ``other`` is a key that the rule weighs it against:
+    the one stated last is told."""
 
     path: KeyPath
     message: str
     plugin: bool = False
+    other: KeyPath | None = None
 
 
 Broke = Iterator[Broken]
@@ -94,13 +96,16 @@ def _train(recipe: Recipe) -> Broke:
 def _updates(recipe: Recipe) -> Broke:
     count, prompts = recipe.updates.count, recipe.prompts
     if recipe.updates.data == "disjoint" and prompts % count:
-        divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - count))
+        below, above = prompts - prompts % count, prompts - prompts % count + count
+        close = min(count, prompts)
+        around = (n for by in range(1000) for n in (close - by, close + by) if n > 0)
+        nearest = next((n for n in around if prompts % n == 0), 1)
         message = (
-            f"{prompts} prompts cannot be split into {count} equal parts; {nearest} is the nearest "
-            'count that can (or data = "repeat")'
+            f"prompts = {prompts} cannot be split into updates.count = {count} equal parts; "
+            f"nearest are prompts = {f'{below} or {above}' if below else above}, "
+            f'or updates.count = {nearest} (or updates.data = "repeat")'
         )
-        yield Broken(("updates", "count"), message)
+        yield Broken(("updates", "count"), message, other=("prompts",))
 
 
 def _start(recipe: Recipe) -> Broke:

@@ -16,6 +16,7 @@ from typing import Any
 
 from unigrpo_core.recipe.positions import KeyPath, positions
 from unigrpo_core.recipe.problems import Origin, Problem, RecipeError, shown
+from unigrpo_core.recipe.syntax import explain
 
 SET = Origin(None)  # where the values of --set are from
 
@@ -26,10 +27,12 @@ _WORD = re.compile(r"[\w~./\\:@+-]+")
 @dataclass(frozen=True)
 class Node:
     """A value of a recipe and where it is from. ``value`` is a dict of nodes for a table, a list
-    of nodes for an array, else a string, number or boolean."""
+    of nodes for an array, else a string, number or boolean. ``dropped`` is the parent's table of
+    which nothing survived, where a child stated another ``use``."""
 
     value: Any
     origin: Origin
+    dropped: Node | None = None
 
     def child(self, key: str | int) -> Node | None:
         """The node of a table's key or of an array's element, if there is one."""
@@ -96,13 +99,13 @@ def _read(
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        problems.append(Problem(Origin(file, line), "", "not UTF-8 text"))
+        problems.append(Problem(Origin(file, line), "", "not UTF-8 text; save the file as UTF-8"))
         return None
     except IsADirectoryError:
-        problems.append(Problem(asked, key, f"{what}is a folder, not a recipe file"))
+        problems.append(Problem(asked, key, f"{what}is a folder, not a recipe file{_within(file)}"))
         return None
     except FileNotFoundError:
-        problems.append(Problem(asked, key, f"{what}no such file"))
+        problems.append(Problem(asked, key, f"{what}no such file{_elsewhere(asked, file)}"))
         return None
     except OSError as error:
         problems.append(Problem(asked, key, f"{what}cannot be read: {error.strerror}"))
@@ -121,17 +124,33 @@ def _read(
     return _merge(tree, replace(node, value=own), (), problems)
 
 
+def _within(folder: Path) -> str:
+    """The end of a message: what in a folder may have been meant, such as a run's recipe."""
+    files = sorted(folder.glob("*.toml"))[:3]
+    return f"; did you mean {' or '.join(shown(file) for file in files)}?" if files else ""
+
+
+def _elsewhere(asked: Origin, file: Path) -> str:
+    """The end of a message about a missing file that a recipe extends."""
+    from unigrpo_core.recipe.shipped import shipped_recipes  # which reads recipes by this module
+
+    if asked.line is None:
+        return ""
+    shipped = shipped_recipes() / file.name
+    where = f"; the shipped one is {shown(shipped)}" if shipped.is_file() else ""
+    return f"; a path counts from the file that states it{where}"
+
+
 def _parse(text: str, file: Path, problems: list[Problem]) -> Node | None:
     try:
-        data = tomllib.loads(text)
+        data = tomllib.loads(f"{text}\n")  # a mistake in the last line is then said to be there
     except tomllib.TOMLDecodeError as error:
-        message, _, where = str(error).rpartition(" (at ")
-        found = re.match(r"line (\d+)", where)
-        line = int(found[1]) if found else text.rstrip().count("\n") + 1
-        problems.append(Problem(Origin(file, line), "", f"not valid TOML: {message}"))
+        line, message = explain(error, text)
+        problems.append(Problem(Origin(file, line), "", message))
         return None
-    if not text.strip():
-        problems.append(Problem(Origin(file), "", "the file is empty"))
+    if not data:
+        message = 'the file states nothing; begin with extends = ["..."], or see `unigrpo show`'
+        problems.append(Problem(Origin(file), "", message))
         return None
     lines = positions(text)
 
@@ -166,14 +185,15 @@ def _merge(parent: Node, child: Node, path: KeyPath, problems: list[Problem]) ->
         return _merge_elements(parent, child, path, problems)
     base: dict[str, Node] = parent.value if isinstance(parent.value, dict) else {}
     ours, theirs = child.value.get("use"), base.get("use")
+    dropped = child.dropped or parent.dropped
     if ours is not None and theirs is not None and ours.value != theirs.value:
-        base = {}
+        base, dropped = {}, parent
     merged = dict(base)
     for key, value in child.value.items():
         below = base.get(key, Node(None, child.origin))
         merged[key] = _merge(below, value, (*path, key), problems)
     keeps = child.origin == SET and base
-    return Node(merged, parent.origin if keeps else child.origin)
+    return Node(merged, parent.origin if keeps else child.origin, dropped)
 
 
 def _merge_elements(parent: Node, child: Node, path: KeyPath, problems: list[Problem]) -> Node:
@@ -220,7 +240,9 @@ def _value(text: str) -> Node:
         value = data["value"]
     except ValueError:
         if not _WORD.fullmatch(text):
-            raise ValueError(f"{text!r} is neither a TOML value nor a plain word") from None
+            hint = "; text stands in quotes, also within the shell's" if " " in text else ""
+            message = f"{text!r} is neither a TOML value nor a plain word{hint}"
+            raise ValueError(message) from None
         value = text
 
     def node(value: Any) -> Node:

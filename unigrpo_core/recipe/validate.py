@@ -7,7 +7,10 @@ other and plugins check their options themselves.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -105,15 +108,15 @@ class _Reader:
             message = f"{who} has options that are keys of the slot itself: {', '.join(shadowed)}"
             self.problem(node, path, message, plugin=True)
             return None
-        rest = Node({k: item for k, item in node.value.items() if k not in own}, node.origin)
+        rest = replace(node, value={k: item for k, item in node.value.items() if k not in own})
         try:
             return options.model_validate_json(
                 json.dumps(rest.plain()), context={"folders": _folders(rest)}
             )
         except ValidationError as error:
+            no_option = partial(self.no_option, cls, component)
             for detail in error.errors(include_url=False):
-                known = [*own, *options.model_fields] if len(detail["loc"]) == 1 else []
-                self.explain(detail, options, rest, path, known)
+                self.explain(detail, options, rest, path, no_option)
         except Exception as error:  # a validator of the plugin's
             message = f"{who} cannot check its options: {type(error).__name__}: {error}"
             self.problem(node, path, message, plugin=True)
@@ -130,7 +133,7 @@ class _Reader:
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 if detail["loc"][:1] not in {(key,) for key in told}:
-                    self.explain(detail, cls, node, path, list(cls.model_fields))
+                    self.explain(detail, cls, node, path, partial(_no_key, cls))
             return None
         return None if told else table
 
@@ -140,9 +143,10 @@ class _Reader:
         cls: type[BaseModel],
         node: Node,
         path: KeyPath,
-        known: Sequence[str],
+        unknown: Callable[[str], str],
     ) -> None:
-        """Says one mistake that pydantic found in a table."""
+        """Says one mistake that pydantic found in a table; ``unknown`` is the message about a key
+        that is unknown."""
         at, place = node.at(detail["loc"])
         field = cls.model_fields.get(str(detail["loc"][0])) if detail["loc"] else None
         about = (field.description or "") if field else ""
@@ -150,8 +154,9 @@ class _Reader:
         if kind == "missing":
             place = detail["loc"]
             message = f"required: {about}" if about and len(place) == 1 else "required"
+            message += _dropped(node, place)
         elif kind == "extra_forbidden":
-            message = f"unknown key{did_you_mean(str(detail['loc'][-1]), known)}"
+            message = unknown(str(place[-1])) if len(place) == 1 else "unknown key"
         elif kind in ("value_error", "assertion_error"):
             message = message.partition(", ")[2]
         else:
@@ -159,14 +164,72 @@ class _Reader:
                 message, about = f"should be {about}", ""
             for ours, theirs in _WORDS.items():
                 message = message.replace(theirs, ours)
-            message = f"{message}, {_got(at)}{about and f' ({about})'}"
+            message = f"{message}, {_got(at)}{_quoted(kind, at)}{about and f' ({about})'}"
         self.problem(at, (*path, *place), message)
+
+    def no_option(self, cls: type[Slot], component: Component, key: str) -> str:
+        """What is said of an option that a component does not have."""
+        known = [*cls.own_keys(), *component.provider.options.model_fields]
+        others = sorted(
+            {i.name for i in self.catalog.of(cls.kind) if key in i.provider.options.model_fields}
+        )
+        whose = f": an option of {' and '.join(map(repr, others))}, not of {component.name!r}"
+        return f"unknown key{whose if others else ''}{did_you_mean(key, known)}"
 
     def problem(self, node: Node, path: KeyPath, message: str, plugin: bool = False) -> None:
         self.problems.append(Problem(node.origin, dotted(path), message, plugin))
 
 
-_WORDS = {"should": "Input should", "array": "tuple", "Array": "Tuple", "table": "dictionary"}
+def _no_key(cls: type[Table], key: str) -> str:
+    """What is said of a key that a table does not have."""
+    known = [*cls.model_fields, *(("extends",) if cls is Recipe else ())]
+    places = [*_places(key, Recipe)]
+    if key not in known and places:
+        return f"unknown key here; did you mean {' or '.join(places)}?"
+    return f"unknown key{did_you_mean(key, known)}"
+
+
+def _places(key: str, table: type[Table], above: str = "") -> Iterator[str]:
+    """Where in a recipe a key of that name is, as messages name it."""
+    top = "" if above else " at the top, before the first [table]"
+    names = table.own_keys() if issubclass(table, Slot) else (*table.model_fields,)
+    if key in (*names, *(() if above else ("extends",))) and key != "use":
+        yield f"{above + key!r}{top}"
+    for name in names:
+        annotation = table.model_fields[name].annotation
+        below = _table_of(annotation)
+        if below is not None and get_origin(annotation) is not tuple:
+            yield from _places(key, below, f"{above}{name}.")
+
+
+def _dropped(node: Node, place: KeyPath) -> str:
+    """The end of a message about a missing key that the table had under another ``use``."""
+    if node.dropped is None or node.dropped.child(place[0]) is None:
+        return ""
+    use, key = node.dropped.value["use"].value, node.dropped.value[place[0]]
+    return (
+        f"; the {inline(key.plain())} of {key.origin} was for {inline({'use': use})}, and a table "
+        "that states another use keeps nothing"
+    )
+
+
+def _quoted(kind: str, at: Node) -> str:
+    """A hint if what stands there in quotes would be right without them."""
+    try:
+        inside = tomllib.loads(f"x = {at.value}")["x"] if isinstance(at.value, str) else None
+    except tomllib.TOMLDecodeError:
+        return ""
+    fits = {"int_type": (int,), "float_type": (int, float), "bool_type": (bool,)}.get(kind, ())
+    return "; write it without the quotes" if type(inside) in fits and at.origin != SET else ""
+
+
+_WORDS = {
+    "should": "Input should",
+    "array": "tuple",
+    "Array": "Tuple",
+    "table": "dictionary",
+    "": " after validation",
+}
 
 
 def _got(node: Node) -> str:
