@@ -8,6 +8,7 @@ the trainer agrees with itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -80,39 +81,41 @@ class Gap:
             }
         return found
 
-    def check(self) -> None:
-        """Stops the run where sampler and trainer disagree beyond the limits.
-
-        Raises:
-            UserError: with the figures, by time step.
-        """
-        problems = []
-        for name, got, limit in self._bounds():
+    def problems(self) -> dict[str, str]:
+        """What is beyond its limit: "text", "image" or "twice", each with its figures."""
+        found: dict[str, str] = {}
+        for kind, name, got, limit in self._bounds():
             if not got <= limit:
-                problems.append(f"{name} is {got:.2e}, allowed {limit:.2e}")
-        if problems:
-            times = "".join(
-                f"\n  t = {time:.4f}: image log-ratio {worst:.2e}"
-                for time, worst in sorted(self.by_time.items(), reverse=True)
-            )
-            raise UserError(
-                "sampler and trainer disagree, so ratios would be noise: "
-                + "; ".join(problems)
-                + times
-            )
+                said = f"{name} is {got:.2e}, allowed {limit:.2e}"
+                found[kind] = f"{found[kind]}; {said}" if kind in found else said
+        return found
 
-    def _bounds(self) -> list[tuple[str, float, float]]:
+    def error(self, problems: Mapping[str, str], causes: Sequence[str]) -> UserError:
+        """What stops the run where sampler and trainer disagree beyond the limits."""
+        times = "".join(
+            f"\n  t = {time:.4f}: image log-ratio {worst:.2e}"
+            for time, worst in sorted(self.by_time.items(), reverse=True)
+        )
+        likely = "".join(f"\nlikely cause: {cause}" for cause in causes)
+        return UserError(
+            "sampler and trainer disagree, so ratios would be noise: "
+            + "; ".join(problems.values())
+            + times
+            + likely
+        )
+
+    def _bounds(self) -> list[tuple[str, str, float, float]]:
         bounds = [
-            ("mean |delta log p| of text", self.text_mean, TEXT_MEAN[self.precision]),
-            ("max |delta log p| of text", self.text_max, TEXT_MAX[self.precision]),
-            ("the trainer's own image log-ratio, twice", self.own_max, self.own_limit),
+            ("text", "mean |delta log p| of text", self.text_mean, TEXT_MEAN[self.precision]),
+            ("text", "max |delta log p| of text", self.text_max, TEXT_MAX[self.precision]),
+            ("twice", "the trainer's own image log-ratio, twice", self.own_max, self.own_limit),
         ]
         if self.precision == "float32":
-            bounds.append(("max |log-ratio| of images", self.image_max, self.image_limit))
+            worst = ("image", "max |log-ratio| of images", self.image_max, self.image_limit)
         else:
-            share = ("rms shift of the mean, in clip radii", self.radius_max, RADIUS_SHARE)
-            bounds.append(share)
-        return bounds
+            share = "rms shift of the mean, in clip radii"
+            worst = ("image", share, self.radius_max, RADIUS_SHARE)
+        return [*bounds, worst]
 
 
 def _largest(before: float, values: Tensor) -> float:

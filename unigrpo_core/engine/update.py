@@ -7,12 +7,13 @@ is clipped on its own, then one step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from unigrpo_core.engine.diagnosis import NOISE_FLOOR, TWICE, image_cause, text_cause
 from unigrpo_core.engine.gap import Gap, finite
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.engine.trainset import MicroBatch, TrainSet
@@ -207,8 +208,42 @@ class Updater:
             if loss.requires_grad:
                 setup.accelerator.backward(loss)
         if gap is not None:
-            gap.check()
+            problems = gap.problems()
+            if problems:
+                raise gap.error(problems, self._causes(problems, data, rows, kept.old))
         return {**sums.metrics(), **self._step()}
+
+    @torch.no_grad()
+    def _causes(
+        self, problems: Collection[str], data: TrainSet, rows: Tensor, old: Values
+    ) -> list[str]:
+        """Why the trainer's values are not those of the sampler, as far as can be told."""
+        setup, causes = self.setup, []
+        if "text" in problems:
+            causes.append(text_cause(old.logps, data))
+        if "image" in problems and setup.training is not None:
+            for batch in data.micro_batches(
+                torch.arange(len(data.owner)), setup.recipe.compute.replay_tokens
+            ):
+                points = data.part(batch)
+                assert points is not None
+                assert old.guided is not None
+
+                def again(points: Points, batch: MicroBatch = batch) -> Tensor:
+                    _, v = self._forward(data, batch, points, _Wanted(text=False))
+                    assert v is not None
+                    return v.guided
+
+                v = old.guided[batch.rows, batch.columns]
+                cause = image_cause(
+                    points, v, setup.training.times, again, setup.recipe.compute.precision
+                )
+                if cause != NOISE_FLOOR:
+                    break
+            causes.append(cause)
+        elif "twice" in problems:
+            causes.append(TWICE)
+        return causes
 
     def _totals(self, data: TrainSet, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The sums of objective weights over the whole update."""
