@@ -114,9 +114,9 @@ def test_plugins_are_found(installed):
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["broken"] == []
-    assert {item["from"] for item in found["components"]} == {
-        f"unigrpo {PROJECT['project']['version']}"
-    }
+    origins = {(item["distribution"], item["version"]) for item in found["components"]}
+    assert origins == {("unigrpo", PROJECT["project"]["version"])}
+    assert all(Path(item["file"]).is_relative_to(installed.source) for item in found["components"])
     names = {(item["kind"], item["name"]) for item in found["components"]}
     assert {("policy", "bagel"), ("reward", "board_verifier")} <= names
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from unigrpo_core.catalog import Catalog, load_catalog
+from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli.installed import Catalogs, warned
 from unigrpo_core.cli.text import add_json, add_set, as_json
 from unigrpo_core.recipe import RecipeError, find_recipe, load_recipe
 
@@ -22,8 +23,8 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    catalog = load_catalog()
-    reports = [_report(word, catalog, arguments.set) for word in arguments.recipe]
+    catalogs = Catalogs(warned(load_catalog()))
+    reports = [_report(word, catalogs, arguments.set) for word in arguments.recipe]
     if arguments.json:
         print(as_json([{k: v for k, v in report.items() if k != "code"} for report in reports]))
     else:
@@ -33,9 +34,10 @@ def check(arguments: argparse.Namespace) -> int:
     return min(codes, default=0)
 
 
-def _report(word: str, catalog: Catalog, overrides: list[str]) -> dict[str, Any]:
+def _report(word: str, catalogs: Catalogs, overrides: list[str]) -> dict[str, Any]:
     try:
-        resolved = load_recipe(find_recipe(word), catalog, overrides)
+        file = find_recipe(word)
+        resolved = load_recipe(file, catalogs.of(file), overrides)
     except RecipeError as error:
         problems = [
             {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli.installed import warned
 from unigrpo_core.cli.text import add_set
 from unigrpo_core.errors import UsageError
 from unigrpo_core.recipe import load_recipe, toml_value
@@ -42,7 +43,7 @@ def sample(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.run} is no run folder: it has no recipe.toml")
     start = f"start={toml_value(str(arguments.run.resolve()))}"
     overrides = [*arguments.set, "train=[]", "steps=0", start]
-    resolved = load_recipe(recipe, load_catalog(), overrides)
+    resolved = load_recipe(recipe, warned(load_catalog()), overrides)
     from unigrpo_core.engine.draw import draw_samples
 
     out = arguments.out or _next_picture(arguments.run / "samples")
