@@ -16,7 +16,7 @@ from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
 
 from unigrpo_core.errors import PluginError, shown
-from unigrpo_core.loading import LoadError, PluginFile, providers, said
+from unigrpo_core.loading import LoadError, PluginFile, providers
 from unigrpo_core.plugin import Provider
 
 GROUP = "unigrpo"
@@ -175,18 +175,18 @@ def load_catalog() -> Catalog:
     disabled: list[Disabled] = []
     seen: set[str] = set()
     for distribution in distributions():
-        own, fault = _entries(distribution)
-        if not own and not fault:
+        own, twice = _entries(distribution)
+        if not own:
             continue
-        name, version, lacks = _identity(distribution)
-        fault = fault or lacks
+        name, version, missing = _identity(distribution)
+        fault = missing or twice
         if normal(name) in seen and not fault:
             continue
         seen.add(normal(name))
         if normal(name) in named:
             disabled.append(Disabled(name, version, DISABLE))
         elif fault:
-            broken += [Broken(entry, name, version, fault) for entry in own or ("-",)]
+            broken += [Broken(entry, name, version, fault) for entry in own]
         else:
             entries[name, version] = list(own.values())
     usable = collect((entry, *origin) for origin in sorted(entries) for entry in entries[origin])
@@ -206,11 +206,8 @@ def load_catalog() -> Catalog:
 
 
 def _entries(distribution: Distribution) -> tuple[dict[str, EntryPoint], str]:
-    """The plugins of a distribution by name, and why they cannot be told ("")."""
-    try:
-        own = [entry for entry in distribution.entry_points if entry.group == GROUP]
-    except Exception as error:
-        return {}, f"its entry points cannot be read: {said(error)}"
+    """The plugins of a distribution by name, and what is wrong with the names ("")."""
+    own = [entry for entry in distribution.entry_points if entry.group == GROUP]
     twice = sorted({entry.name for entry in own if sum(e.name == entry.name for e in own) > 1})
     fault = f"it has several entry points called {', '.join(twice)}" if twice else ""
     return {entry.name: entry for entry in sorted(own, key=lambda entry: entry.name)}, fault

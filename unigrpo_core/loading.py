@@ -57,7 +57,6 @@ def said(error: BaseException) -> str:
     places = [(f.f_code.co_filename, line) for f, line in walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         places.append((error.filename, error.lineno or 1))
-        text = f"{type(error).__name__}: {error.msg}"
     for file, line in reversed(places):
         if Path(file).name == PLUGIN_FILE:
             return f"{shown(Path(file))}:{line}: {text}"
