@@ -30,7 +30,7 @@ class Catalogs:
         Raises:
             PluginError: the plugin file cannot be read.
         """
-        folder = recipe.absolute().parent
+        folder = recipe.parent.resolve()
         if folder not in self.known:
             self.known[folder] = with_plugin_file(self.installed, recipe)
             self._say(self.known[folder])

@@ -16,8 +16,8 @@ def with_plugin_file(catalog: Catalog, recipe: Path) -> Catalog:
     Raises:
         PluginError: the file cannot be read.
     """
-    folder = recipe.absolute().parent
+    folder = recipe.parent.resolve()
     file = folder / PLUGIN_FILE
-    if folder.resolve().is_relative_to(shipped.shipped_recipes().resolve()) or not file.is_file():
+    if folder.is_relative_to(shipped.shipped_recipes().resolve()) or not file.is_file():
         return catalog
     return catalog.with_file(file)

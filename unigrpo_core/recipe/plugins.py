@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from unigrpo_core.catalog import Catalog, normal
-from unigrpo_core.loading import said
 from unigrpo_core.recipe.positions import KeyPath
 from unigrpo_core.recipe.problems import Problem, did_you_mean
 from unigrpo_core.recipe.source import Node, dotted
@@ -47,7 +46,7 @@ def _names(catalog: Catalog) -> list[str]:
 def _unmet(text: str, catalog: Catalog) -> tuple[str, bool]:
     """Why a requirement is not met ("" if it is), and whether a plugin is at fault for that."""
     from packaging.requirements import InvalidRequirement, Requirement
-    from packaging.version import InvalidVersion
+    from packaging.version import InvalidVersion, Version
 
     try:
         wanted = Requirement(text)
@@ -69,7 +68,7 @@ def _unmet(text: str, catalog: Catalog) -> tuple[str, bool]:
         if normal(broken.distribution) == key:
             return f"{name} {version} is broken: plugin {broken.entry!r}: {broken.reason}", True
     try:
-        met = wanted.specifier.contains(version, prereleases=True)
-    except InvalidVersion as error:
-        return f"{name} has a version that cannot be compared: {said(error)}", True
+        met = wanted.specifier.contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return f"needs {wanted}, and the version {version!r} of {name} is not of PEP 440", True
     return ("" if met else f"needs {wanted}, and {name} {version} is installed"), True
