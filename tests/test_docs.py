@@ -20,7 +20,9 @@ from unigrpo_core.recipe import RecipeError, find_recipe, load_recipe, shipped_r
 from unigrpo_core.records import FlowStep, Prompt, RewardBatch
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *TUTORIALS, *EXAMPLES])
 CHECKPOINT = ROOT / "plugins" / "unigrpo_board" / "checkpoint"
 FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -56,9 +58,16 @@ def marked(language: str, mark: str) -> list[Block]:
 
 
 def load_plugins(page: Path, folder: Path, monkeypatch) -> Catalog:
-    """What a page's plugin blocks provide, as if a distribution named after it were installed."""
+    """What a page's plugin blocks provide, as if a distribution named after it were installed; for
+    the page of an example, what that provides."""
     monkeypatch.syspath_prepend(folder)
     entries = []
+    if page in EXAMPLES:
+        monkeypatch.syspath_prepend(page.parent)
+        project = tomllib.loads((page.parent / "pyproject.toml").read_text())["project"]
+        origin = (project["name"], project["version"])
+        named = project["entry-points"]["unigrpo"].items()
+        entries += [(EntryPoint(*item, "unigrpo"), *origin) for item in named]
     for number, block in enumerate(b for b in marked("python", "plugin") if b.page == page):
         name = f"{page.stem.lower()}_plugin_{number}"
         (folder / f"{name}.py").write_text(block.text)
@@ -139,11 +148,10 @@ def try_regularizer(penalty):
 def try_reward(reward):
     prompts = tuple(Prompt(str(row), "a word") for row in range(2))
     batch = RewardBatch(prompts, ("", ""), torch.rand(2, 3, 8, 8), ("a", "b"))
-    found = reward.score(batch)
     low, high = reward.range
-    assert (found.shape, found.dtype) == ((2,), torch.float32)
-    assert ((low <= found) & (found <= high)).all()
-    assert reward.details(batch) == {}
+    for found in (reward.score(batch), *reward.details(batch).values()):
+        assert (found.shape, found.dtype) == ((2,), torch.float32)
+        assert ((low <= found) & (found <= high)).all()
 
 
 def test_every_hook_is_described_with_its_signature():
@@ -159,6 +167,46 @@ def test_every_hook_is_described_with_its_signature():
     for heading, hook in exact.items():
         interfaces = re.findall(r"[A-Z]\w+", hook.__doc__)
         assert all(f"`{name}`" in described[heading] for name in interfaces), heading
+
+
+# --- tutorials --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_followed_literally_works(page, wheel_of, environment):
+    """Blocks marked ``file=NAME`` are written, ``sh run`` (or ``run=CODE``) are run, one after the
+    other in one folder of a fresh environment, and print what the next ``output`` shows."""
+    fresh = environment(wheel_of(ROOT))
+    blocks = [block for block in BLOCKS if block.page == page]
+    assert {block.mark.partition("=")[0] for block in blocks} == {"file", "run", "output"}
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        kind, _, word = block.mark.partition("=")
+        if kind == "file":
+            (fresh.work / word).write_text(block.text)
+        elif kind == "run":
+            done = fresh("sh", "-ec", f"exec 2>&1\n{block.text}")
+            assert done.returncode == int(word or 0), f"{block}\n{done.stdout}"
+            shown = following.text if following and following.mark == "output" else "..."
+            assert matches(shown, done.stdout), f"{block}\n{done.stdout}"
+
+
+def matches(shown: str, printed: str) -> bool:
+    """Whether a page shows what was printed: ``...`` stands for anything, and of decimal numbers
+    only the places count, since they depend on the machine."""
+    number = re.compile(r"(?<![\d.])[+-]?\d+\.\d+(e[+-]?\d+)?(?![\d.])")
+    shown, printed = (number.sub("<number>", text.rstrip("\n")) for text in (shown, printed))
+    pattern = ".*".join(map(re.escape, shown.split("...")))
+    return re.fullmatch(pattern, printed, re.DOTALL) is not None
+
+
+def test_what_matches():
+    assert matches("a\n...\nb 0.25 ...", "a\nx\nb 0.75 and c\n")
+    assert matches("a 1e 1.5e-07", "a 1e 2.25e-11")
+    assert not matches("a 1", "a 2")
+    assert not matches("version 0.1.0", "version 0.2.0")
+    assert not matches("a\nb", "a\nb\nc")
+    assert not matches("a (b)", "a b")
 
 
 # --- pages ------------------------------------------------------------------------------------
