@@ -6,7 +6,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from unigrpo_core.catalog import Catalog, collect, load_catalog
+from unigrpo_core import cli
+from unigrpo_core.catalog import Broken, Catalog, Disabled, collect, load_catalog
 from unigrpo_core.plugin import Hooks
 from unigrpo_core.recipe import RecipeError, find_recipe, load_recipe, shipped_recipes
 from unigrpo_core.records import FlowStep, Prompt, RewardBatch
@@ -167,6 +168,23 @@ def test_every_hook_is_described_with_its_signature():
     for heading, hook in exact.items():
         interfaces = re.findall(r"[A-Z]\w+", hook.__doc__)
         assert all(f"`{name}`" in described[heading] for name in interfaces), heading
+
+
+def test_the_shape_of_the_listing_is_described(capsys, monkeypatch):
+    page = (ROOT / "docs" / "plugins.md").read_text()
+    rows = re.findall(r"^\| `([\w.\[\]]+)` \| objects with (.*) \|$", page, re.MULTILINE)
+    described = {key: re.findall(r"`(\w+)`", words) for key, words in rows}
+    installed = load_catalog()
+    broken = Broken("entry", "distribution", "version", "reason")
+    catalog = replace(installed, broken=(broken,), disabled=(Disabled("a", "1", "me"),))
+    monkeypatch.setattr(cli.plugins, "load_catalog", lambda: catalog)
+    assert cli.main(["plugins", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    option = next(item["options"][0] for item in found["components"] if item["options"])
+    assert described == {
+        **{key: list(items[0]) for key, items in found.items()},
+        "components[].options": list(option),
+    }
 
 
 # --- tutorials --------------------------------------------------------------------------------

@@ -78,6 +78,14 @@ FAULTS = {
     "empty name": (yields("Provider('', build)"), "unigrpo_rewards() yielded the name ''"),
     "colon": (yields("Provider('a:b', build)"), "unigrpo_rewards() yielded the name 'a:b', not a"),
     "blank": (yields("Provider('a b', build)"), "unigrpo_rewards() yielded the name 'a b', not a"),
+    "needs": (
+        yields("Provider('mine', build, needs='std')"),
+        "unigrpo_rewards(): needs of 'mine' is 'std', no sequence of words",
+    ),
+    "reads": (
+        yields("Provider('mine', build, reads=('images', 'thought'))"),
+        "unigrpo_rewards(): 'mine' reads images, and an episode has image, metadata,",
+    ),
     "no text": (yields("Provider(3, build)"), "unigrpo_rewards() yielded the name 3, not a word"),
 }  # fmt: skip
 

@@ -149,9 +149,7 @@ FAULTS = {
     "import no_such_library": "1: ModuleNotFoundError: No module named 'no_such_library'",
     "\n\nx = (": "3: SyntaxError: '(' was never closed (unigrpo_plugins.py, line 3)",
     "def f():\n    g()\ndef g():\n    1 / 0\nf()": "4: ZeroDivisionError: division by zero",
-    FILE.replace(
-        "yield", "len(3)\n    yield", 1
-    ): "21: TypeError: object of type 'int' has",
+    FILE.replace("yield", "len(3)\n    yield", 1): "21: TypeError: object of type 'int' has",
     FILE.replace('"brightness"', '"mine"'): "19: unigrpo_rewards() yielded 'mine' twice",
     FILE.replace("@hookimpl", ""): "20: unigrpo_rewards() is not marked with",
 }
@@ -203,9 +201,15 @@ def test_an_edit_within_the_same_second_counts(folder):
 
 
 def test_sampling_runs_no_code_of_a_run_folder(folder, unigrpo):
-    run = folder / "run"
-    RunFolder(run).create(resolve())
-    code, _, err = unigrpo("sample", run, "a red circle")
-    assert code in (2, 3)
+    RunFolder(folder / "run").create(resolve())
+    (folder / "run" / "final").mkdir()
+    said = "does not use run/unigrpo_plugins.py: sampling runs no code of a run folder"
+    code, _, err = unigrpo("sample", "run", "a red circle")
+    assert code == 3
+    assert err.startswith(said)
     assert "no reward called 'mine'" in err
-    assert "uses" not in err
+    # the reward is not asked, so any will do; then there are no weights
+    code, _, err = unigrpo("sample", "run", "a red circle", "--set", 'rewards=[{use="random"}]')
+    assert code == 1
+    assert err.startswith(said)
+    assert "reward" not in err.replace("rewards=[", "")

@@ -26,6 +26,9 @@ from unigrpo_core.plugin import KINDS, PROJECT, Hooks, Options, Provider
 PLUGIN_FILE = "unigrpo_plugins.py"
 """The name of a plugin file: a plugin beside a recipe, without a distribution."""
 
+READABLE = frozenset({"prompt", "metadata", "thought", "image"})
+"""What a reward may read of an episode."""
+
 Yielded = tuple[str, Provider]
 
 
@@ -123,6 +126,14 @@ def _check(provider: Any, hook: str, fault: Callable[[str], LoadError]) -> None:
         raise fault(f"{hook}(): build of {name!r} is {provider.build!r}, no function")
     if not (isinstance(options, type) and issubclass(options, Options)):
         raise fault(f"{hook}(): options of {name!r} are no class of Options")
+    for field in ("needs", "provides", "reads"):
+        words = getattr(provider, field)
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+            raise fault(f"{hook}(): {field} of {name!r} is {words!r}, no sequence of words")
+    unknown = ", ".join(sorted(set(provider.reads) - READABLE))
+    if unknown:
+        known = ", ".join(sorted(READABLE))
+        raise fault(f"{hook}(): {name!r} reads {unknown}, and an episode has {known}")
     try:
         options.model_rebuild(raise_errors=True)  # their checks are otherwise built when first used
     except Exception as error:
