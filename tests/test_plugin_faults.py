@@ -134,6 +134,20 @@ def test_the_plugin_that_the_faults_are_made_of_works(distribution):
     assert catalog.find("reward", "fau-lty:mine") is catalog.find("reward", "mine")
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        GOOD.replace("unigrpo_rewards", "mine").replace("impl", "impl(specname='unigrpo_rewards')"),
+        GOOD + "@hookimpl(optionalhook=True)\ndef unigrpo_of_a_later_version(): ...\n",
+    ],
+)
+def test_what_pluggy_allows_is_no_fault(distribution, source):
+    distribution(HEAD + source)
+    catalog = load_catalog()
+    assert catalog.broken == ()
+    assert catalog.find("reward", "mine").distribution == "Fau_lty"
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_listed_and_harms_only_who_names_it(distribution, unigrpo, fault):
     source, reason = FAULTS[fault]

@@ -94,15 +94,16 @@ def _yielded(plugin: object, name: str) -> Iterator[Yielded]:
 def _check_hooks(plugin: object, manager: pluggy.PluginManager) -> None:
     """Says what pluggy would say in other words, or not at all."""
     for name in dir(plugin):
-        marked = manager.parse_hookimpl_opts(plugin, name) is not None
+        marks = manager.parse_hookimpl_opts(plugin, name)
         function = getattr(plugin, name, None)
-        if not inspect.isroutine(function) or not (marked or name in KINDS.values()):
+        if not inspect.isroutine(function) or (marks is None and name not in KINDS.values()):
             continue
-        if not marked:
+        if marks is None:
             raise _fault(function, f"{name}() is not marked with unigrpo_core.plugin.hookimpl")
-        if name not in KINDS.values():
+        hook = marks["specname"] or name
+        if hook not in KINDS.values() and not marks["optionalhook"]:
             known = ", ".join(KINDS.values())
-            raise _fault(function, f"no hook is called {name!r}; there are: {known}")
+            raise _fault(function, f"no hook is called {hook!r}; there are: {known}")
         if inspect.signature(function).parameters:
             raise _fault(function, f"{name}{inspect.signature(function)} should take no argument")
 
