@@ -86,6 +86,14 @@ FAULTS = {
         yields("Provider('mine', build, reads=('images', 'thought'))"),
         "unigrpo_rewards(): 'mine' reads images, and an episode has image, metadata,",
     ),
+    "range": (
+        yields("Provider('mine', build, range=(1.0, 0.0))"),
+        "unigrpo_rewards(): range of 'mine' is (1.0, 0.0), not (lowest, highest)",
+    ),
+    "no range": (
+        yields("Provider('mine', build, range=1.0)"),
+        "unigrpo_rewards(): range of 'mine' is 1.0, not (lowest, highest)",
+    ),
     "no text": (yields("Provider(3, build)"), "unigrpo_rewards() yielded the name 3, not a word"),
 }  # fmt: skip
 
@@ -207,14 +215,17 @@ def test_what_a_plugin_prints_is_not_the_output(distribution, unigrpo):
     assert json.loads(out)["components"][0]["name"] == "mine"
 
 
-def test_the_first_of_a_name_on_the_path_counts(distribution, tmp_path, monkeypatch):
-    distribution(HEAD + GOOD)
+@pytest.mark.parametrize("older", ["Name: Fau_lty\nVersion: 0.3\n", "Name: Fau_lty\n"])
+def test_the_first_of_a_name_on_the_path_counts(distribution, tmp_path, monkeypatch, older):
+    distribution(HEAD + GOOD, older)
     newer = tmp_path / "newer" / "fau_lty-0.4.dist-info"
     newer.mkdir(parents=True)
     (newer / "entry_points.txt").write_text("[unigrpo]\nanother = faulty\n")
     (newer / "METADATA").write_text("Name: fau-lty\nVersion: 0.4\n")
     monkeypatch.syspath_prepend(newer.parent)
-    assert load_catalog().find("reward", "mine").version == "0.4"
+    catalog = load_catalog()
+    assert catalog.find("reward", "mine").version == "0.4"
+    assert catalog.broken == ()
 
 
 # --- built ------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ DISABLE = "UNIGRPO_DISABLE_PLUGINS"
 """The environment variable that names distributions, by commas, that are not even imported."""
 
 NO_VERSION = "-"
+UNNAMED = "(unnamed"
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def load_catalog() -> Catalog:
             continue
         name, version, missing = _identity(distribution)
         fault = missing or twice
-        if normal(name) in seen and not fault:
+        if normal(name) in seen and not name.startswith(UNNAMED):
             continue
         seen.add(normal(name))
         if normal(name) in named:
@@ -224,7 +225,7 @@ def _identity(distribution: Distribution) -> tuple[str, str, str]:
     name, version = stated
     missing = " and no ".join(filter(None, ("" if name else "Name", "" if version else "Version")))
     return (
-        name or f"(unnamed, in {distribution.locate_file('')})",
+        name or f"{UNNAMED}, in {distribution.locate_file('')})",
         version or NO_VERSION,
         missing and f"its metadata has no {missing}",
     )

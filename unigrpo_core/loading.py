@@ -135,10 +135,17 @@ def _check(provider: Any, hook: str, fault: Callable[[str], LoadError]) -> None:
     if unknown:
         known = ", ".join(sorted(READABLE))
         raise fault(f"{hook}(): {name!r} reads {unknown}, and an episode has {known}")
+    if provider.range is not None and not _is_range(provider.range):
+        raise fault(f"{hook}(): range of {name!r} is {provider.range!r}, not (lowest, highest)")
     try:
         options.model_rebuild(raise_errors=True)  # their checks are otherwise built when first used
     except Exception as error:
         raise fault(f"{hook}(): options of {name!r} are no valid class: {said(error)}") from error
+
+
+def _is_range(value: Any) -> bool:
+    numbers = isinstance(value, tuple | list) and all(isinstance(end, int | float) for end in value)
+    return numbers and len(value) == 2 and value[0] < value[1]
 
 
 def _fault(function: Callable[..., Any], message: str) -> LoadError:
