@@ -143,7 +143,11 @@ def test_a_prompt_that_the_policy_does_not_take(refused, tmp_path, bad, held_out
 
 @pytest.mark.parametrize(
     ("reward", "episode", "reads", "lacks"),
-    [("brightness", "think", "image", "draw"), ("word", "draw", "thought", "think")],
+    [
+        ("brightness", "think", "image", "draw"),
+        ("first_pixel", "think", "image", "draw"),
+        ("word", "draw", "thought", "think"),
+    ],
 )
 def test_a_reward_that_reads_what_the_episode_does_not_have(
     refused, monkeypatch, reward, episode, reads, lacks

@@ -278,6 +278,12 @@ class FixedReward(WordReward):
 def unigrpo_rewards():
     yield Provider("word", lambda options: WordReward(options.word), WordOptions)
     yield Provider("faulty", lambda options: FaultyReward(options.fault), FaultyOptions)
+    yield Provider(
+        "first_pixel",
+        lambda options: lambda batch: batch.images[:, 0, 0, 0] + 2.0,
+        reads=("image",),
+        range=(2.0, 3.0),
+    )
     yield Provider("fixed", lambda options: FixedReward(options.values), FixedOptions)
 
 
