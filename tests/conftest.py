@@ -25,3 +25,32 @@ def train(tmp_path, checkpoint):
     import tiny
 
     return lambda name, *overrides: tiny.run(tmp_path, checkpoint, *overrides, name=name)
+
+
+@pytest.fixture(scope="session")
+def wheel_of(tmp_path_factory):
+    """The wheel of a project's folder, or with ``kind="editable"`` its editable one; each is built
+    once."""
+    from environments import build
+
+    built = {}
+
+    def wheel_of(source, kind="wheel"):
+        if (source, kind) not in built:
+            built[source, kind] = build(source, tmp_path_factory.mktemp(kind), kind)
+        return built[source, kind]
+
+    return wheel_of
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Makes a fresh environment with wheels installed."""
+    from environments import Environment
+
+    def environment(*wheels):
+        fresh = Environment(tmp_path_factory.mktemp("environment"))
+        fresh.install(*wheels)
+        return fresh
+
+    return environment

@@ -6,7 +6,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from unigrpo_core.catalog import Catalog, collect, load_catalog
-from unigrpo_core.cli import main
+from unigrpo_core import cli
+from unigrpo_core.catalog import Broken, Catalog, Disabled, collect, load_catalog
 from unigrpo_core.plugin import Hooks
 from unigrpo_core.recipe import RecipeError, find_recipe, load_recipe, shipped_recipes
 from unigrpo_core.records import FlowStep, Prompt, RewardBatch
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *TUTORIALS, *EXAMPLES])
 CHECKPOINT = ROOT / "plugins" / "unigrpo_board" / "checkpoint"
 FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -57,9 +59,16 @@ def marked(language: str, mark: str) -> list[Block]:
 
 
 def load_plugins(page: Path, folder: Path, monkeypatch) -> Catalog:
-    """What a page's plugin blocks provide, as if a distribution named after it were installed."""
+    """What a page's plugin blocks provide, as if a distribution named after it were installed; for
+    the page of an example, what that provides."""
     monkeypatch.syspath_prepend(folder)
     entries = []
+    if page in EXAMPLES:
+        monkeypatch.syspath_prepend(page.parent)
+        project = tomllib.loads((page.parent / "pyproject.toml").read_text())["project"]
+        origin = (project["name"], project["version"])
+        named = project["entry-points"]["unigrpo"].items()
+        entries += [(EntryPoint(*item, "unigrpo"), *origin) for item in named]
     for number, block in enumerate(b for b in marked("python", "plugin") if b.page == page):
         name = f"{page.stem.lower()}_plugin_{number}"
         (folder / f"{name}.py").write_text(block.text)
@@ -109,7 +118,7 @@ def test_a_broken_recipe_gives_the_errors_shown(block, recipes):
 
 def printed(capsys, *argv):
     """What a command prints as JSON, and its exit code."""
-    code = main(argv)
+    code = cli.main(argv)
     return json.loads(capsys.readouterr().out), code
 
 
@@ -177,11 +186,10 @@ def try_regularizer(penalty):
 def try_reward(reward):
     prompts = tuple(Prompt(str(row), "a word") for row in range(2))
     batch = RewardBatch(prompts, ("", ""), torch.rand(2, 3, 8, 8), ("a", "b"))
-    found = reward.score(batch)
     low, high = reward.range
-    assert (found.shape, found.dtype) == ((2,), torch.float32)
-    assert ((low <= found) & (found <= high)).all()
-    assert reward.details(batch) == {}
+    for found in (reward.score(batch), *reward.details(batch).values()):
+        assert (found.shape, found.dtype) == ((2,), torch.float32)
+        assert ((low <= found) & (found <= high)).all()
 
 
 def test_every_hook_is_described_with_its_signature():
@@ -197,6 +205,70 @@ def test_every_hook_is_described_with_its_signature():
     for heading, hook in exact.items():
         interfaces = re.findall(r"[A-Z]\w+", hook.__doc__)
         assert all(f"`{name}`" in described[heading] for name in interfaces), heading
+
+
+def test_the_shape_of_the_listing_is_described(capsys, monkeypatch):
+    page = (ROOT / "docs" / "plugins.md").read_text()
+    rows = re.findall(r"^\| `([\w.\[\]]+)` \| objects with (.*) \|$", page, re.MULTILINE)
+    described = {key: re.findall(r"`(\w+)`", words) for key, words in rows}
+    installed = load_catalog()
+    broken = Broken("entry", "distribution", "version", "reason")
+    catalog = replace(installed, broken=(broken,), disabled=(Disabled("a", "1", "me"),))
+    monkeypatch.setattr(cli.plugins, "load_catalog", lambda: catalog)
+    assert cli.main(["plugins", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    option = next(item["options"][0] for item in found["components"] if item["options"])
+    assert described == {
+        **{key: list(items[0]) for key, items in found.items()},
+        "components[].options": list(option),
+    }
+
+
+# --- tutorials --------------------------------------------------------------------------------
+
+
+FOLLOWED = sorted({b.page for b in BLOCKS if b.mark.partition("=")[0] in ("run", "file")})
+
+
+def test_every_tutorial_is_followed():
+    assert set(TUTORIALS) <= set(FOLLOWED)
+    assert len(TUTORIALS) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.stem)
+def test_a_tutorial_followed_literally_works(page, wheel_of, environment):
+    """Blocks marked ``file=NAME`` are written, ``sh run`` (or ``run=CODE``) are run, one after the
+    other in one folder of a fresh environment, and print what the next ``output`` shows."""
+    fresh = environment(wheel_of(ROOT))
+    blocks = [block for block in BLOCKS if block.page == page]
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        kind, _, word = block.mark.partition("=")
+        if kind == "file":
+            (fresh.work / word).write_text(block.text)
+        elif kind == "run":
+            done = fresh("sh", "-ec", f"exec 2>&1\n{block.text}")
+            assert done.returncode == int(word or 0), f"{block}\n{done.stdout}"
+            shown = following.text if following and following.mark == "output" else "..."
+            assert matches(shown, done.stdout), f"{block}\n{done.stdout}"
+
+
+def matches(shown: str, printed: str) -> bool:
+    """Whether a page shows what was printed: ``...`` stands for anything, and of decimal numbers
+    only the places count, since they depend on the machine."""
+    number = re.compile(r"(?<![\d.])[+-]?\d+\.\d+(e[+-]?\d+)?(?![\d.])")
+    shown, printed = (number.sub("<number>", text.rstrip("\n")) for text in (shown, printed))
+    pattern = ".*".join(map(re.escape, shown.split("...")))
+    return re.fullmatch(pattern, printed, re.DOTALL) is not None
+
+
+def test_what_matches():
+    assert matches("a\n...\nb 0.25 ...", "a\nx\nb 0.75 and c\n")
+    assert matches("a 1e 1.5e-07", "a 1e 2.25e-11")
+    assert not matches("a 1", "a 2")
+    assert not matches("version 0.1.0", "version 0.2.0")
+    assert not matches("a\nb", "a\nb\nc")
+    assert not matches("a (b)", "a b")
 
 
 # --- pages ------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """From rewards to advantages over a forest, and rewards that break their interface."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import prompts
@@ -179,6 +181,17 @@ def test_scores_have_a_column_per_reward_and_names_of_their_own(setup):
     assert found.weights.tolist() == [1.0, 0.5, 1.0]
     shares = [t.split().count("top") / max(1, len(t.split())) for t in batch.thoughts]
     assert found.values[:, 1].tolist() == pytest.approx(shares)
+
+
+def test_a_function_is_a_reward(setup):
+    built = setup("rewards=[{use='first_pixel'}]")
+    batch = batch_of(built)
+    found = score(built.rewards, batch, details=True)
+    torch.testing.assert_close(found.values[:, 0], batch.images[:, 0, 0, 0].cpu() + 2)
+    assert found.details == {}
+    brighter = replace(batch, images=batch.images + 5)
+    with pytest.raises(PluginError, match=r"'first_pixel' .* outside of its range \[2.0, 3.0\]"):
+        score(built.rewards, brighter, details=False)
 
 
 def test_a_reward_does_not_depend_on_the_other_rows(setup):

@@ -127,7 +127,11 @@ def test_no_held_out_prompt(refused, tmp_path):
 
 @pytest.mark.parametrize(
     ("reward", "episode", "reads", "lacks"),
-    [("brightness", "think", "image", "draw"), ("word", "draw", "thought", "think")],
+    [
+        ("brightness", "think", "image", "draw"),
+        ("first_pixel", "think", "image", "draw"),
+        ("word", "draw", "thought", "think"),
+    ],
 )
 def test_a_reward_that_reads_what_the_episode_does_not_have(
     refused, monkeypatch, reward, episode, reads, lacks

@@ -1,65 +1,34 @@
 """The wheel and the editable install: what is inside, and that both find recipes and plugins."""
 
 import json
-import subprocess
-import sys
-import sysconfig
 import tomllib
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path, PurePosixPath
 
 import pytest
+from environments import ROOT
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = [
     ROOT / name for name in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 ]
-BUILD = "import sys; from hatchling import build; getattr(build, sys.argv[1])(sys.argv[2])"
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory):
-    """The wheel and the editable one, built by this environment's own hatchling."""
-    built = {}
-    for kind in ("wheel", "editable"):
-        folder = tmp_path_factory.mktemp(kind)
-        command = [sys.executable, "-c", BUILD, f"build_{kind}", str(folder)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        [built[kind]] = folder.glob("*.whl")
-    return built
 
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])
-def installed(request, wheels, tmp_path_factory):
-    """An environment with that wheel installed; its requirements are those of this environment."""
-    home = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
-    python = home / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
-    wheel = str(wheels[request.param])
-    subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", wheel], check=True)
-    [packages] = home.glob("lib/*/site-packages")
-    # Read first. A plain line adds a folder but runs none of its .pth files: so this environment's
-    # own unigrpo, if editable, stays out of reach.
-    borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (packages / "0_borrowed.pth").write_text("".join(f"{line}\n" for line in sorted(borrowed)))
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-
-    def run(*argv):
-        command = [str(python), *argv]
-        return subprocess.run(command, cwd=elsewhere, env={}, capture_output=True, text=True)
-
-    run.source = packages if request.param == "wheel" else ROOT
-    run.recipes = packages / "unigrpo_recipes" if request.param == "wheel" else ROOT / "recipes"
-    run.script = home / "bin" / "unigrpo"
-    return run
+def installed(request, wheel_of, environment):
+    """An environment with that wheel installed; ``source`` and ``recipes`` are where it should
+    find itself."""
+    fresh = environment(wheel_of(ROOT, request.param))
+    wheel = request.param == "wheel"
+    fresh.source = fresh.packages if wheel else ROOT
+    fresh.recipes = fresh.packages / "unigrpo_recipes" if wheel else ROOT / "recipes"
+    return fresh
 
 
 @pytest.fixture(scope="module")
-def contents(wheels):
-    with zipfile.ZipFile(wheels["wheel"]) as wheel:
+def contents(wheel_of):
+    with zipfile.ZipFile(wheel_of(ROOT)) as wheel:
         yield {name: wheel.read(name) for name in wheel.namelist()}
 
 
@@ -110,26 +79,26 @@ def test_metadata(contents):
 
 
 def test_plugins_are_found(installed):
-    done = installed("-m", "unigrpo_core", "plugins", "--json")
+    done = installed("unigrpo", "plugins", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["broken"] == []
-    assert {item["from"] for item in found["components"]} == {
-        f"unigrpo {PROJECT['project']['version']}"
-    }
+    origins = {(item["distribution"], item["version"]) for item in found["components"]}
+    assert origins == {("unigrpo", PROJECT["project"]["version"])}
+    assert all(Path(item["file"]).is_relative_to(installed.source) for item in found["components"])
     names = {(item["kind"], item["name"]) for item in found["components"]}
     assert {("policy", "bagel"), ("reward", "board_verifier")} <= names
 
 
 def test_recipes_are_found(installed):
-    done = installed("-m", "unigrpo_core", "show", "no_cfg_mse", "--json")
+    done = installed("unigrpo", "show", "no_cfg_mse", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     origins = json.loads(done.stdout)["origins"]
     assert Path(origins["updates.count"].rpartition(":")[0]).parent == installed.recipes
 
 
 def test_a_recipe_and_its_checkpoint_are_right(installed):
-    done = installed("-m", "unigrpo_core", "check", "no_cfg_mse", "--json")
+    done = installed("unigrpo", "check", "no_cfg_mse", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     [report] = json.loads(done.stdout)
     assert (report["ok"], report["notes"]) == (True, [])
@@ -137,18 +106,18 @@ def test_a_recipe_and_its_checkpoint_are_right(installed):
 
 def test_the_packages_come_from_this_install(installed):
     code = "import unigrpo_board, unigrpo_core as c; print(c.__file__, unigrpo_board.__file__)"
-    files = [Path(word) for word in installed("-c", code).stdout.split()]
+    files = [Path(word) for word in installed("python", "-c", code).stdout.split()]
     assert len(files) == 2
     assert all(file.is_relative_to(installed.source) for file in files)
 
 
 def test_the_command(installed):
-    done = installed(str(installed.script), "--version")
+    done = installed("unigrpo", "--version")
     assert done.stdout == f"unigrpo {PROJECT['project']['version']}\n"
 
 
 @pytest.mark.parametrize("name", ["plugins", "recipes", "tests", "benchmarks", "docs"])
 def test_nothing_else_becomes_importable(installed, name):
-    done = installed("-c", f"import {name}")
+    done = installed("python", "-c", f"import {name}")
     assert done.returncode == 1
     assert f"ModuleNotFoundError: No module named '{name}'" in done.stderr

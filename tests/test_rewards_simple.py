@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from unigrpo_rewards import brightness, hooks, random_reward
 
+from unigrpo_core.plugin import Options
 from unigrpo_core.records import Prompt, RewardBatch
 
 
@@ -39,18 +40,16 @@ def test_brightness_without_an_image_is_an_error() -> None:
 
 
 def test_random_depends_on_the_key_only() -> None:
-    reward = random_reward.build(random_reward.RandomRewardOptions())
+    score_of = random_reward.build(Options())
     keys = tuple(f"0/3/prompt/{row}" for row in range(2000))
-    score = reward.score(batch(None, keys))
+    score = score_of(batch(None, keys))
     assert score.dtype == torch.float32
     assert ((score >= 0) & (score <= 1)).all()
     assert score.mean().item() == pytest.approx(0.5, abs=0.03)
     assert score.std().item() == pytest.approx(12**-0.5, abs=0.02)
-    again = reward.score(batch(torch.ones(3, 3, 2, 2), (keys[7], keys[1], keys[0])))
+    again = score_of(batch(torch.ones(3, 3, 2, 2), (keys[7], keys[1], keys[0])))
     assert torch.equal(again, score[[7, 1, 0]])
-    assert reward.reads == frozenset()
-    assert not reward.differentiable
-    assert reward.details(batch(None, keys)) == {}
+    assert random_reward.PROVIDER.reads == ()
 
 
 @pytest.mark.parametrize("provider", list(hooks.unigrpo_rewards()), ids=lambda item: item.name)
@@ -66,7 +65,8 @@ from unigrpo_rewards import hooks
 names = [provider.name for provider in (*hooks.unigrpo_rewards(), *hooks.unigrpo_prompts())]
 assert names == ["brightness", "random", "file"], names
 for provider in hooks.unigrpo_rewards():
-    assert provider.build(provider.options()).range == (0.0, 1.0) and provider.summary
+    built = provider.build(provider.options())
+    assert (provider.range or built.range) == (0.0, 1.0) and provider.summary
 assert "torch" not in sys.modules
 """
 

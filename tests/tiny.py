@@ -31,7 +31,15 @@ from unigrpo_core.keys import Key
 from unigrpo_core.plugin import Field, Options, Provider, hookimpl
 from unigrpo_core.recipe import Resolved, load_recipe
 from unigrpo_core.recipe.schema import EXPERT_OF
-from unigrpo_core.records import ImageSegment, Prompt, RewardBatch, Rollout, TextSegment
+from unigrpo_core.records import (
+    FlowStep,
+    ImageSegment,
+    Prompt,
+    RewardBatch,
+    Rollout,
+    TextSegment,
+    TokenStep,
+)
 
 SIZE = (8, 12)  # two rows of three latent tokens: height and width must not be confused
 
@@ -300,4 +308,29 @@ class FixedReward(WordReward):
 def unigrpo_rewards():
     yield Provider("word", lambda options: WordReward(options.word), WordOptions)
     yield Provider("faulty", lambda o: FaultyReward(o.fault, o.after), FaultyOptions)
+    yield Provider(
+        "first_pixel",
+        lambda options: lambda batch: batch.images[:, 0, 0, 0] + 2.0,
+        reads=("image",),
+        range=(2.0, 3.0),
+    )
     yield Provider("fixed", lambda options: FixedReward(options.values), FixedOptions)
+
+
+class FaultyPenaltyOptions(Options):
+    fault: Literal["raise", "mean", "int", "list"] = Field(description="what it does")
+
+
+def faulty_penalty(options: FaultyPenaltyOptions):
+    def penalty(step: FlowStep | TokenStep) -> Any:
+        like = step.t if isinstance(step, FlowStep) else step.logps
+        if options.fault == "raise":
+            raise RuntimeError("not today")
+        return {"mean": like.mean(0), "int": like.int(), "list": [0.0]}[options.fault]
+
+    return penalty
+
+
+@hookimpl
+def unigrpo_regularizers():
+    yield Provider("faulty_penalty", faulty_penalty, FaultyPenaltyOptions)

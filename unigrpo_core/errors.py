@@ -5,6 +5,9 @@ Exit codes: 1 a run went wrong, 2 a recipe or the usage is wrong, 3 a plugin is 
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something only the user can mend; the message says what was got, what was expected and
@@ -23,3 +26,9 @@ class PluginError(UserError):
     """A plugin is missing, ambiguous, broken, or returned what its interface does not allow."""
 
     exit_code = 3
+
+
+def shown(file: Path) -> str:
+    """The file as people read it: relative to the working directory when it lies below."""
+    relative = os.path.relpath(file)
+    return str(file) if relative.startswith("..") else relative

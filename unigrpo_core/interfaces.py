@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, final
 
 from unigrpo_core.keys import Key
 from unigrpo_core.records import (
@@ -285,8 +285,16 @@ class Advantage(ABC):
         are on the CPU."""
 
 
+class ScoreFunction(Protocol):
+    """Any callable; float32 [B], finite, within the range that its provider declares. It must not
+    depend on the other rows."""
+
+    def __call__(self, batch: RewardBatch, /) -> Tensor: ...
+
+
 class Reward(ABC):
-    """A score of finished episodes."""
+    """A score of finished episodes, for what a function does not say: further scores, a direction,
+    whether there are gradients."""
 
     reads: ClassVar[frozenset[str]]  # of "prompt", "metadata", "thought", "image"
     range: ClassVar[tuple[float, float]]
@@ -300,6 +308,24 @@ class Reward(ABC):
     @abstractmethod
     def details(self, batch: RewardBatch) -> Mapping[str, Tensor]:
         """Further scores [B] by name, shown at evaluation and never trained on (may be empty)."""
+
+
+@final
+class FunctionReward(Reward):
+    """The reward that is a function and no more."""
+
+    def __init__(
+        self, function: ScoreFunction, reads: frozenset[str], range: tuple[float, float]
+    ) -> None:
+        self.function = function
+        self.reads = reads  # type: ignore[misc]
+        self.range = range  # type: ignore[misc]
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        return self.function(batch)
+
+    def details(self, batch: RewardBatch) -> Mapping[str, Tensor]:
+        return {}
 
 
 class PromptSource(ABC):

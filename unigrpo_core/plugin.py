@@ -87,6 +87,8 @@ class Provider:
             "transition_anchor", "logps_anchor").
         cite: paper and equation.
         kind: for regularizers, "distance" (>= 0, 0 at the anchor) or "bonus".
+        reads, range: for rewards that are functions, what they read of an episode ("prompt",
+            "metadata", "thought", "image"; nothing by default), and the lowest and highest score.
         provides: for policies, what they can do: "text", "image", and "branch:NAME" for each
             unconditional context.
         notes: for ``unigrpo check``: told about the options without loading anything, returns what
@@ -100,6 +102,8 @@ class Provider:
     needs: Sequence[str] = ()
     cite: str = ""
     kind: Literal["distance", "bonus"] = "distance"
+    reads: Sequence[str] = ()
+    range: tuple[float, float] | None = None
     provides: Sequence[str] = ()
     notes: Callable[[Any], Sequence[str]] | None = None
 
@@ -121,7 +125,7 @@ class Hooks:
 
     @hookspec
     def unigrpo_rewards(self) -> Providers:  # type: ignore[empty-body]
-        """Reward."""
+        """A function from a RewardBatch to scores, or a Reward."""
 
     @hookspec
     def unigrpo_text_objectives(self) -> Providers:  # type: ignore[empty-body]

@@ -11,10 +11,8 @@ Convention
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from unigrpo_core.interfaces import Reward
 from unigrpo_core.keys import Key, uniforms
 from unigrpo_core.plugin import Options, Provider
 from unigrpo_core.records import RewardBatch
@@ -22,32 +20,22 @@ from unigrpo_core.records import RewardBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-class RandomRewardOptions(Options):
-    """There is nothing to choose."""
+    from unigrpo_core.interfaces import ScoreFunction
 
 
-class RandomReward(Reward):
-    """A number per episode, independent of it."""
-
-    reads: ClassVar[frozenset[str]] = frozenset()
-    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
-
-    def score(self, batch: RewardBatch) -> Tensor:
-        keys = [Key(("reward", "random", key)) for key in batch.keys]
-        return uniforms(keys, 1, "cpu")[:, 0].float()
-
-    def details(self, batch: RewardBatch) -> Mapping[str, Tensor]:
-        return {}
+def random_score(batch: RewardBatch) -> Tensor:
+    """float32 [B]: a number per episode, independent of it."""
+    keys = [Key(("reward", "random", key)) for key in batch.keys]
+    return uniforms(keys, 1, "cpu")[:, 0].float()
 
 
-def build(options: RandomRewardOptions) -> RandomReward:
-    return RandomReward()
+def build(options: Options) -> ScoreFunction:
+    return random_score
 
 
 PROVIDER = Provider(
     name="random",
-    options=RandomRewardOptions,
     build=build,
+    range=(0.0, 1.0),
     summary="the control: a uniform number from the episode's key, independent of what was drawn",
 )

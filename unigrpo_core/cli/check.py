@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigrpo_core.catalog import Catalog, load_catalog
+from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli.installed import Catalogs, warned
 from unigrpo_core.cli.text import add_json, add_set, as_json
 from unigrpo_core.errors import PluginError
 from unigrpo_core.recipe import (
@@ -32,8 +33,8 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    catalog = load_catalog()
-    reports = [_report(word, catalog, arguments.set) for word in arguments.recipe]
+    catalogs = Catalogs(warned(load_catalog()))
+    reports = [_report(word, catalogs, arguments.set) for word in arguments.recipe]
     if arguments.json:
         print(as_json([report.as_json() for report in reports]))
     else:
@@ -84,11 +85,11 @@ class Report:
         return "\n  note: ".join([ok, *self.notes])
 
 
-def _report(word: str, catalog: Catalog, overrides: list[str]) -> Report:
+def _report(word: str, catalogs: Catalogs, overrides: list[str]) -> Report:
     file: Path | None = None
     try:
         file = find_recipe(word).absolute()
-        resolved = load_recipe(file, catalog, overrides)
+        resolved = load_recipe(file, catalogs.of(file), overrides)
         return Report(word, file, 0, resolved, notes=tuple(resolved.notes()))
     except RecipeError as error:
         return Report(word, file, error.exit_code, problems=error.problems)

@@ -1,17 +1,20 @@
-"""``unigrpo plugins``: what is installed, and the options of each component."""
+"""``unigrpo plugins``: what is installed and from where, and the options of each component."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from unigrpo_core.catalog import Catalog, Component, load_catalog
+from unigrpo_core.cli.installed import warned
 from unigrpo_core.cli.text import add_json, as_json, table
 from unigrpo_core.errors import UsageError
+from unigrpo_core.loading import file_of
 from unigrpo_core.plugin import KINDS
 from unigrpo_core.recipe import did_you_mean, toml_value
 
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("plugins", help="list components, or show one with its options")
+    parser = subparsers.add_parser(
+        "plugins", help="list components, or show one with its options and file"
+    )
     parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("name", nargs="?", metavar="NAME", help="a component, or distribution:name")
     add_json(parser)
@@ -31,13 +36,17 @@ def plugins(arguments: argparse.Namespace) -> int:
     kind, name = arguments.kind, arguments.name
     if kind is not None and kind not in KINDS:
         raise UsageError(f"no kind of component is called {kind!r}{did_you_mean(kind, [*KINDS])}")
-    catalog = load_catalog()
+    catalog = warned(load_catalog())
     components = catalog.components if kind is None else catalog.of(kind)
     if name is not None:
         components = (catalog.find(kind, name),)
     if arguments.json:
-        broken = [str(item) for item in catalog.broken]
-        print(as_json({"components": [*map(_described, components)], "broken": broken}))
+        found = {
+            "components": [*map(_described, components)],
+            "broken": [asdict(item) for item in catalog.broken],
+            "disabled": [asdict(item) for item in catalog.disabled],
+        }
+        print(as_json(found))
     elif name is not None:
         print(_one(_described(components[0])))
     else:
@@ -49,12 +58,14 @@ def _listing(components: tuple[Component, ...], catalog: Catalog) -> str:
     rows = [("kind", "name", "from", "summary")]
     for item in sorted(components, key=lambda item: (list(KINDS).index(item.kind), item.name)):
         rows.append((item.kind, item.name, item.origin, item.provider.summary))
-    return "\n".join([table(rows), *(f"broken: {item}" for item in catalog.broken)])
+    broken = [f"broken: {item}" for item in catalog.broken]
+    disabled = [f"disabled: {item}" for item in catalog.disabled]
+    return "\n".join([table(rows), *broken, *disabled])
 
 
 def _one(described: dict[str, Any]) -> str:
     facts = [
-        (key, ", ".join(value) if isinstance(value, list) else value)
+        (key, ", ".join(map(str, value)) if isinstance(value, list) else value)
         for key, value in described.items()
         if key != "options" and value
     ]
@@ -80,12 +91,16 @@ def _described(item: Component) -> dict[str, Any]:
     return {
         "kind": item.kind,
         "name": item.name,
-        "from": item.origin,
+        "distribution": item.distribution,
+        "version": item.version,
+        "file": file_of(provider),
         "summary": provider.summary,
         "cite": provider.cite,
         "needs": list(provider.needs),
         "provides": list(provider.provides),
         "penalty": provider.kind if item.kind == "regularizer" else "",
+        "reads": list(provider.reads),
+        "range": list(provider.range or ()),
         "options": [*_options(provider.options)],
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli.installed import Catalogs, warned
 from unigrpo_core.cli.text import add_set
 from unigrpo_core.recipe import find_recipe, load_recipe
 
@@ -32,7 +33,8 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    resolved = load_recipe(find_recipe(arguments.recipe), load_catalog(), arguments.set)
+    file = find_recipe(arguments.recipe)
+    resolved = load_recipe(file, Catalogs(warned(load_catalog())).of(file), arguments.set)
     from unigrpo_core.cli.display import choose_reporter
     from unigrpo_core.engine.folder import next_folder
     from unigrpo_core.engine.loop import Run

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli.installed import warned
 from unigrpo_core.cli.text import add_set
 from unigrpo_core.errors import UsageError
+from unigrpo_core.loading import PLUGIN_FILE
 from unigrpo_core.recipe import load_recipe, toml_value
 
 if TYPE_CHECKING:
@@ -40,9 +43,12 @@ def sample(arguments: argparse.Namespace) -> int:
     recipe = arguments.run / "recipe.toml"
     if not recipe.is_file():
         raise UsageError(f"{arguments.run} is no run folder: it has no recipe.toml")
+    if (arguments.run / PLUGIN_FILE).is_file():
+        why = "sampling runs no code of a run folder (--set 'rewards=[{use=\"random\"}]' may help)"
+        print(f"does not use {arguments.run / PLUGIN_FILE}: {why}", file=sys.stderr)
     start = f"start={toml_value(str(arguments.run.resolve()))}"
     overrides = [*arguments.set, "train=[]", "steps=0", start]
-    resolved = load_recipe(recipe, load_catalog(), overrides)
+    resolved = load_recipe(recipe, warned(load_catalog()), overrides)
     from unigrpo_core.engine.draw import draw_samples
 
     out = arguments.out or _next_picture(arguments.run / "samples")

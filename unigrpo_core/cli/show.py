@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli.installed import Catalogs, warned
 from unigrpo_core.cli.text import add_json, add_set, as_json, table
 from unigrpo_core.errors import UsageError
 from unigrpo_core.recipe import (
@@ -44,11 +45,12 @@ def show(arguments: argparse.Namespace) -> int:
     if not words:
         print(_listing(arguments.json))
         return 0
-    catalog = load_catalog()
+    catalogs = Catalogs(warned(load_catalog()))
     *others, last = map(find_recipe, words)
-    resolved = load_recipe(last, catalog, arguments.set)
+    resolved = load_recipe(last, catalogs.of(last), arguments.set)
     if others:
-        print(_comparison(load_recipe(others[0], catalog), resolved, arguments.json))
+        other = load_recipe(others[0], catalogs.of(others[0]))
+        print(_comparison(other, resolved, arguments.json))
     else:
         print(_one(resolved, arguments.json))
     return 0

@@ -1,8 +1,9 @@
 """The run folder: what is written, and when.
 
-``run.json`` (recipe, hash, plugins, environment) and ``recipe.toml`` stand before the first step;
-``metrics.jsonl`` and ``evaluation.jsonl`` hold only what the recipe determines, so two runs can be
-compared byte for byte; times are in ``timing.jsonl``.
+``run.json`` (recipe, hash, plugins, environment), ``recipe.toml`` and a copy of the plugin file
+beside the recipe, if any, stand before the first step; ``metrics.jsonl`` and ``evaluation.jsonl``
+hold only what the recipe determines, so two runs can be compared byte for byte; times are in
+``timing.jsonl``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from unigrpo_core.errors import UserError
+from unigrpo_core.loading import PLUGIN_FILE
 from unigrpo_core.recipe import Resolved
 
 LIBRARIES = ("torch", "transformers", "accelerate", "diffusers", "numpy", "pluggy", "pydantic")
@@ -82,10 +85,14 @@ class RunFolder:
 
     def create(self, resolved: Resolved) -> None:
         """Makes the folder and writes what will run, before it runs."""
+        file = resolved.file
         with writing(self.path):
             (self.path / "sheets").mkdir(parents=True)
         with whole(self.path / "recipe.toml") as partial:
             partial.write_text(resolved.to_toml(), encoding="utf-8")
+        if file is not None:
+            with whole(self.path / PLUGIN_FILE) as partial:
+                partial.write_bytes(file.source)
         plugins = {
             item.distribution: item.version
             for item in sorted(resolved.components, key=lambda item: item.distribution)
@@ -97,6 +104,8 @@ class RunFolder:
                 "hash": resolved.hash,
                 "values": resolved.values,
                 "plugins": plugins,
+                "disabled": [asdict(item) for item in resolved.disabled],
+                "plugin_file": file and {"file": str(file.path), "sha256": file.sha256},
                 "environment": _environment(),
             },
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unigrpo_core.engine.setup import NamedReward, Setup
 from unigrpo_core.errors import PluginError, UserError
+from unigrpo_core.loading import said
 from unigrpo_core.recipe import Recipe
 from unigrpo_core.recipe.schema import EXPERT_OF
 from unigrpo_core.records import ImageSegment, RewardBatch, Rollout, TextSegment
@@ -80,12 +81,10 @@ def score(rewards: tuple[NamedReward, ...], batch: RewardBatch, *, details: bool
 def _call(item: NamedReward, method: Callable[[RewardBatch], T], batch: RewardBatch) -> T:
     try:
         return method(batch)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise PluginError(
-            f"reward {item.name!r} of {item.origin} failed: {type(error).__name__}: {error}"
-        ) from error
+    except BaseException as error:
+        raise PluginError(f"reward {item.name!r} of {item.origin} failed: {said(error)}") from error
 
 
 def _column(item: NamedReward, batch: RewardBatch) -> Tensor:

@@ -1,5 +1,6 @@
 """Recipes: from TOML files to one typed, checked description of a run."""
 
+from unigrpo_core.recipe.beside import with_plugin_file
 from unigrpo_core.recipe.emit import inline as toml_value
 from unigrpo_core.recipe.problems import Origin, Problem, RecipeError, did_you_mean
 from unigrpo_core.recipe.resolve import Resolved, difference, load_recipe
@@ -20,4 +21,5 @@ __all__ = [
     "shipped_titles",
     "slots",
     "toml_value",
+    "with_plugin_file",
 ]

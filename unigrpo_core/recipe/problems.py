@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from unigrpo_core.errors import PluginError, UserError
-
-
-def shown(file: Path) -> str:
-    """The file as people read it: relative to the working directory when it lies below."""
-    relative = os.path.relpath(file)
-    return str(file) if relative.startswith("..") else relative
+from unigrpo_core.errors import PluginError, UserError, shown
 
 
 @dataclass(frozen=True)

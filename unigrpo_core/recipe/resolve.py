@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from unigrpo_core.catalog import Catalog, Component
+from unigrpo_core.catalog import Catalog, Component, Disabled
+from unigrpo_core.loading import PluginFile
 from unigrpo_core.recipe.emit import leaves, lines
+from unigrpo_core.recipe.plugins import narrow
 from unigrpo_core.recipe.positions import KeyPath
 from unigrpo_core.recipe.problems import Origin, Problem, RecipeError
 from unigrpo_core.recipe.rules import broken_rules
@@ -29,12 +31,16 @@ class Resolved:
         recipe: typed.
         values: plain tables, arrays and scalars, defaults included; keys without a value absent.
         origins: where each value is stated, by dotted path.
+        disabled: the distributions whose plugins were not there for it.
+        file: the plugin file that was there for it.
     """
 
     name: str
     recipe: Recipe
     values: Mapping[str, Any]
     origins: Mapping[str, Origin | Literal["default", "--set"]]
+    disabled: tuple[Disabled, ...] = ()
+    file: PluginFile | None = None
 
     @cached_property
     def hash(self) -> str:
@@ -77,7 +83,9 @@ def load_recipe(path: str | Path, catalog: Catalog, overrides: Sequence[str] = (
         RecipeError: with every problem there is.
     """
     tree = read_tree(path, overrides)
-    recipe, problems = validate(tree, catalog)
+    catalog, problems = narrow(tree, catalog)
+    recipe, others = validate(tree, catalog)
+    problems += others
     if recipe is not None:
         for rule in broken_rules(recipe):
             at = rule.path
@@ -89,7 +97,9 @@ def load_recipe(path: str | Path, catalog: Catalog, overrides: Sequence[str] = (
         raise RecipeError(problems)
     values = recipe.model_dump(mode="json", exclude_none=True)
     origins = {dotted(path): _origin(tree, path) for path, _ in leaves(values)}
-    return Resolved(Path(path).stem, recipe, values, origins)
+    return Resolved(
+        Path(path).stem, recipe, values, origins, disabled=catalog.disabled, file=catalog.file
+    )
 
 
 def difference(a: Resolved, b: Resolved) -> list[tuple[str, Any | None, Any | None]]:

@@ -20,6 +20,7 @@ from pydantic import (
 
 from unigrpo_core.catalog import Component
 from unigrpo_core.errors import PluginError, UserError
+from unigrpo_core.loading import said
 from unigrpo_core.plugin import Options, RecipePath
 
 Count = Annotated[int, Field(ge=1)]
@@ -74,9 +75,10 @@ class Slot(Table):
         notes = self.component.provider.notes
         try:
             return tuple(notes(self.options)) if notes else ()
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            raise PluginError(f"{self.who} cannot say its notes: {why}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise PluginError(f"{self.who} cannot say its notes: {said(error)}") from error
 
     def build(self, *arguments: Any) -> Any:
         """What the provider builds from the options; a policy's slot also takes its placement.
@@ -90,12 +92,11 @@ class Slot(Table):
         build: Callable[..., Any] = self.component.provider.build
         try:
             built = build(self.options, *arguments)
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            raise PluginError(f"{self.who} cannot be built: {why}") from error
-
+        except BaseException as error:
+            raise PluginError(f"{self.who} cannot be built: {said(error)}") from error
+        built = self.adapted(built)
         fits = (
             isinstance(built, getattr(interfaces, self.interface))
             if self.interface
@@ -103,6 +104,10 @@ class Slot(Table):
         )
         if not fits:
             raise PluginError(f"{self.who} built {built!r}, not a {self.interface or 'callable'}")
+        return built
+
+    def adapted(self, built: Any) -> Any:
+        """What was built, in the form of the interface."""
         return built
 
 
@@ -121,6 +126,20 @@ class RewardSlot(Slot):
     interface = "Reward"
 
     weight: float = Field(1.0, description="its share in the advantage; negative to punish")
+
+    def adapted(self, built: Any) -> Any:
+        """A function as the Reward that its provider describes."""
+        from unigrpo_core.interfaces import FunctionReward, Reward
+
+        provider = self.component.provider
+        if isinstance(built, Reward) or not callable(built):
+            return built
+        if provider.range is None:
+            raise PluginError(
+                f"{self.who} is a function, so its provider should say its range, such as "
+                'range=(0.0, 1.0), and what it reads, such as reads=("image",)'
+            )
+        return FunctionReward(built, frozenset(provider.reads), provider.range)
 
 
 class AdvantageSlot(Slot):
@@ -274,6 +293,17 @@ class Compute(Table):
     replay_tokens: int = Field(16384, ge=1, description="tokens of one replay batch at most")
 
 
+class Plugins(Table):
+    require: tuple[str, ...] = Field(
+        (),
+        description="distributions of plugins that must be installed, with versions as pip takes "
+        'them: "unigrpo-reward-colorfulness>=0.1"',
+    )
+    disable: tuple[str, ...] = Field(
+        (), description="installed distributions whose plugins are not there for this recipe"
+    )
+
+
 class Recipe(Table):
     """A whole recipe, ``extends`` resolved."""
 
@@ -301,6 +331,7 @@ class Recipe(Table):
     optimizer: Optimizer = Field(default_factory=Optimizer.defaults)
     evaluation: Evaluation = Field(default_factory=Evaluation.defaults)
     compute: Compute = Field(default_factory=Compute.defaults)
+    plugins: Plugins = Field(default_factory=Plugins.defaults)
 
 
 def slots(table: Table, above: str = "") -> Iterator[tuple[str, Slot]]:

@@ -14,8 +14,9 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
+from unigrpo_core.errors import shown
 from unigrpo_core.recipe.positions import KeyPath, positions
-from unigrpo_core.recipe.problems import Origin, Problem, RecipeError, shown
+from unigrpo_core.recipe.problems import Origin, Problem, RecipeError
 from unigrpo_core.recipe.syntax import explain
 
 SET = Origin(None)  # where the values of --set are from

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from unigrpo_core.catalog import Catalog, Component
 from unigrpo_core.errors import PluginError
+from unigrpo_core.loading import said
 from unigrpo_core.plugin import Options
 from unigrpo_core.recipe.emit import inline
 from unigrpo_core.recipe.positions import KeyPath
@@ -117,8 +118,10 @@ class _Reader:
             no_option = partial(self.no_option, cls, component)
             for detail in error.errors(include_url=False):
                 self.explain(detail, options, rest, path, no_option)
-        except Exception as error:  # a validator of the plugin's
-            message = f"{who} cannot check its options: {type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a validator of the plugin's
+            message = f"{who} cannot check its options: {said(error)}"
             self.problem(node, path, message, plugin=True)
         return None
 
