@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -96,6 +97,17 @@ class ImageObjectiveConformance(LightConformance):
             for name in TENSORS:
                 got, expected = getattr(alone, name)[0], getattr(together, name)[row]
                 assert torch.equal(got, expected), f"{name} of image {row} depends on the others"
+
+    def test_std_is_needed_as_declared(self, component: ImageObjective) -> None:
+        """The provider's ``needs`` is ("std",), or values are finite where std is 0 too."""
+        needs = set(self.found().needs)
+        assert needs <= {"std"}, f"the provider needs {sorted(needs)}; it may need std"
+        if needs:
+            pytest.skip("it needs a std above 0, and says so")
+        segment = image_segment(self.scheduler(), noise_level=0.0)
+        points = component.points(segment, self.scheduler(), keys(4))
+        values, _ = self.loss(component, points, field(points.x_t, points.t))
+        assert torch.isfinite(values).all(), 'where std is 0: not finite; say needs = ("std",)'
 
     # --- log-ratios and the clip --------------------------------------------------------------
 

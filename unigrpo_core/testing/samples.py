@@ -103,11 +103,12 @@ def image_segment(
     points: int = 3,
     axes: Sequence[int] = (2, 3, 4),
     dtype: torch.dtype = torch.float32,
+    noise_level: float = 0.7,
 ) -> ImageSegment:
     """Images sampled by the velocities of :func:`field`, over steps from t = .9 to .3."""
     shape = (rows, points, *axes)
     t = torch.linspace(0.9, 0.5, points, dtype=dtype).expand(rows, points).clone()
-    t_next, noise = t - 0.2, torch.full_like(t, 0.7)
+    t_next, noise = t - 0.2, torch.full_like(t, noise_level)
     x_t = normal("x_t", *shape, dtype=dtype)
     transition = scheduler.transition(field(x_t, t), x_t, t, t_next, noise)
     x_next = transition.mean + transition.std * normal("noise", *shape, dtype=dtype)
