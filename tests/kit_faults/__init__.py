@@ -106,6 +106,18 @@ def run_check(kit: Conformance, check: str, tmp_path: Path) -> None:
     method(**{name: given[name] for name in wanted})
 
 
+def passes(kit: Conformance, tmp_path: Path) -> list[str]:
+    """Runs every check; those that were not skipped."""
+    passed = []
+    for check in checks(type(kit)):
+        try:
+            run_check(kit, check, tmp_path)
+            passed.append(check)
+        except pytest.skip.Exception:
+            pass
+    return passed
+
+
 def catch(fault: Fault, tmp_path: Path, **facts: Any) -> None:
     """Asserts that the fault's check fails, and for that reason."""
     kit = subject(fault.kit, fault.provider, **{"options": fault.options, **facts})
@@ -121,3 +133,24 @@ def distribution(folder: Path, name: str, code: str) -> None:
     wheel = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 0.1\n"
     (info / "METADATA").write_text(wheel)
     (info / "entry_points.txt").write_text(f"[unigrpo]\n{name} = {name}\n")
+
+
+class Reports:
+    """What pytest reports of the tests that it calls: (outcome, words), by name."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
+            words = getattr(report, "wasxfail", "") or report.longreprtext
+            self.found[report.nodeid.partition("::")[2]] = (outcome, words)
+
+
+def pytest_of(folder: Path, *words: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Runs the tests in a folder within this process; its exit code and reports."""
+    reports = Reports()
+    quiet = ("-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:benchmark")
+    code = pytest.main([str(folder), "--rootdir", str(folder), *quiet, *words], plugins=[reports])
+    return int(code), reports.found

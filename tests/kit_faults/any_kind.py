@@ -47,9 +47,11 @@ def any_kind(check: str, says: str, build: Any = GoodReward, **facts: Any) -> No
 
 
 any_kind("test_provider_is_described", "no colon", name="mine: best")
-any_kind("test_provider_is_described", "there is none", summary="")
+any_kind("test_provider_is_described", "one line", summary="first\nsecond")
 any_kind("test_provider_is_described", "needs is a sequence", needs="std")
-any_kind("test_built_is_of_its_interface", "no <class", build=lambda: "a reward")
+any_kind(
+    "test_built_is_of_its_interface", "built 'a reward', not a Reward", build=lambda: "a reward"
+)
 any_kind("test_building_draws_nothing", "of random;", build=drawing(GoodReward))
 any_kind("test_options_are_described", "without a description: scale", options=Bare)
 any_kind("test_options_are_frozen", "Loose is not frozen", options=Loose)

@@ -122,11 +122,6 @@ for part, read in {
     reward("test_reads_no_more_than_it_says", f"the {part} changes", score=plus(read))
 reward(
     "test_gradient_is_as_declared",
-    "carries gradient",
-    differentiable=False,
-)
-reward(
-    "test_gradient_is_as_declared",
     "no gradient reaches",
     score=lambda self, batch: GoodReward.score(self, batch).detach(),
 )

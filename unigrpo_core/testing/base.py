@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import ValidationError
 
-from unigrpo_core import interfaces
-from unigrpo_core.catalog import Catalog, load_catalog
+from unigrpo_core.catalog import Catalog, Component, load_catalog
+from unigrpo_core.errors import PluginError
 from unigrpo_core.plugin import Provider
-from unigrpo_core.recipe.problems import did_you_mean
+from unigrpo_core.recipe import did_you_mean
 from unigrpo_core.recipe.schema import Slot
 from unigrpo_core.testing.light import light_to_build, light_to_import
 from unigrpo_core.testing.watch import no_global_draws
@@ -68,13 +68,16 @@ class Conformance:
         """What the provider builds; new for every check."""
         return self.build(given)
 
-    def found(self) -> Provider:
-        """The provider: the one given, else the one the catalog finds."""
+    def listed(self) -> Component:
+        """The provider given, else what the catalog finds."""
         if self.provider is not None:
-            return self.provider
+            return Component(self.slot.kind, self.provider, "given", "-")
         if not self.use:
             raise TypeError(f"{type(self).__name__} must state use or provider")
-        return installed().find(self.slot.kind, self.use).provider
+        return installed().find(self.slot.kind, self.use)
+
+    def found(self) -> Provider:
+        return self.listed().provider
 
     def stated(self, given: Mapping[str, Any]) -> Any:
         """The options, validated as a recipe's are."""
@@ -84,23 +87,21 @@ class Conformance:
         """What the provider builds of the options."""
         return self.built(self.stated(given))
 
-    def built(self, options: Any) -> Any:
-        """What the provider builds of options that are valid."""
-        return self.found().build(options)
-
-    def interface(self) -> type | None:
-        """The class that ``build`` must return an instance of; None where any callable will do."""
-        return getattr(interfaces, self.slot.interface) if self.slot.interface else None
+    def built(self, options: Any, *arguments: Any) -> Any:
+        """What the recipe's slot makes of options that are valid."""
+        component = self.listed()
+        made = self.slot.model_construct(use=component.name, component=component, options=options)
+        return made.build(*arguments)
 
     # --- the provider -------------------------------------------------------------------------
 
     def test_provider_is_described(self) -> None:
-        """A name that recipes can say, a summary of one line, and needs that are words."""
+        """A name without blanks and colons, a summary of one line; ``needs`` and ``provides`` are
+        sequences of words."""
         provider = self.found()
         assert provider.name, "the provider has no name"
         assert not set(provider.name) & set(": \t\n"), f"{provider.name!r}: no colon, no blank"
-        assert provider.summary.strip(), "unigrpo plugins shows the summary, and there is none"
-        assert "\n" not in provider.summary, "the summary is one line"
+        assert "\n" not in provider.summary, "the summary is one line of listings"
         for name in ("needs", "provides"):
             words = getattr(provider, name)
             assert not isinstance(words, str), f'{name} is a sequence of words: ("{words}",)'
@@ -110,15 +111,14 @@ class Conformance:
         """The plugin's modules import nothing heavy; only for a component found by ``use``."""
         if self.provider is not None:
             pytest.skip("the provider was given, so no entry point leads to it")
-        light_to_import(installed().find(self.slot.kind, self.use).distribution)
+        light_to_import(self.listed().distribution)
 
-    def test_built_is_of_its_interface(self, component: Any) -> None:
-        """``build`` returns an instance of the kind's interface; a regularizer is callable."""
-        interface = self.interface()
-        if interface is None:
-            assert callable(component), f"built {component!r}, which cannot be called"
-        else:
-            assert isinstance(component, interface), f"built {component!r}, no {interface}"
+    def test_built_is_of_its_interface(self, given: Mapping[str, Any]) -> None:
+        """``build`` returns what the kind's interface says."""
+        try:
+            self.build(given)
+        except PluginError as error:
+            pytest.fail(str(error))
 
     def test_building_draws_nothing(self, given: Mapping[str, Any]) -> None:
         """Building leaves the global generators of Python, NumPy and torch where they were."""

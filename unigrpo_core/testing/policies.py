@@ -70,13 +70,13 @@ class PolicyConformance(Conformance):
     size: ClassVar[tuple[int, int]] = (24, 24)
     tolerance: ClassVar[float] = 1e-5
 
-    def built(self, options: Any) -> Any:
+    def built(self, options: Any, *arguments: Any) -> Any:
         return self.trained(options, self.experts())
 
     def trained(self, options: Any, train: frozenset[str]) -> Policy:
         """The policy built to train these experts."""
         place = Placement(torch.device("cpu"), torch.float32, train)
-        policy: Policy = self.found().build(options, place)
+        policy: Policy = super().built(options, place)
         return policy
 
     def experts(self) -> frozenset[str]:
