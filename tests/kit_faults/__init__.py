@@ -75,6 +75,12 @@ def drawing(function: Callable[..., Any]) -> Callable[..., Any]:
     return drawn
 
 
+def unsteady(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, times a factor that rises with every call."""
+    calls = Counted()
+    return lambda *arguments: function(*arguments) * (1 + calls() / 1000)
+
+
 class Counted:
     """Numbers that rise with every call: 1, 2, ..."""
 

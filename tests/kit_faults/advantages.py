@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kit_faults import Faults, drawing
+from kit_faults import Faults, drawing, unsteady
 from unigrpo_core import testing
 from unigrpo_core.interfaces import Advantage
 
@@ -112,4 +112,22 @@ advantage(
     "test_nothing_is_drawn_or_changed",
     "input: rows",
     __call__=advantages(lambda found, rewards, valid: (found, rewards.zero_())[0]),
+)
+advantage(
+    "test_nothing_is_drawn_or_changed", "asked again", __call__=unsteady(GoodAdvantage.__call__)
+)
+advantage(
+    "test_values_are_one_float32_per_row",
+    r"\(9,\), expected",
+    __call__=advantages(lambda found, rewards, valid: found[1:]),
+)
+advantage(
+    "test_values_are_one_float32_per_row",
+    "not finite",
+    __call__=advantages(lambda found, rewards, valid: found / 0),
+)
+advantage(
+    "test_a_higher_reward_is_no_worse",
+    "advantages do not",
+    __call__=advantages(lambda found, rewards, valid: 0 * found),
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kit_faults import Fault, Faults, drawing, provider
+from kit_faults import Counted, Fault, Faults, drawing, provider
 from unigrpo_core import testing
 from unigrpo_core.interfaces import Guidance
 from unigrpo_core.plugin import Field, Options
@@ -99,3 +99,26 @@ guidance.found.append(
         provider(lambda options: Offset(options.scale), options=Scale),
     )
 )
+guidance("test_branches_are_names", "", branches=("",))
+guidance(
+    "test_combined_is_float32_of_the_velocities_shape",
+    "not finite",
+    combine=combined(lambda found, v: found / 0),
+)
+guidance(
+    "test_gradient_reaches_the_conditional_velocity",
+    "0 everywhere",
+    combine=combined(lambda found, v: found.detach() + 0 * v),
+)
+guidance(
+    "test_gradient_reaches_the_conditional_velocity",
+    "not finite",
+    combine=combined(lambda found, v: found * (v - v.detach()).sqrt()),
+)
+
+
+def unsteadily(calls: Counted) -> Callable[..., Any]:
+    return combined(lambda found, v: found * calls())
+
+
+guidance("test_nothing_is_drawn_or_changed", "asked again", combine=unsteadily(Counted()))

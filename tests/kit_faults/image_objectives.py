@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kit_faults import Faults, drawing
+from kit_faults import Counted, Faults, drawing
 from unigrpo_core import testing
 from unigrpo_core.interfaces import ImageObjective
 from unigrpo_core.records import Points
@@ -165,3 +165,58 @@ image(
     "not close",
     weights=lambda self, mask: mask.float() / mask.sum(),
 )
+image(
+    "test_points_are_those_of_the_images",
+    r"x_t: \(4, 3, 24\)",
+    points=image_points(x_t=lambda x: x.flatten(2)),
+)
+image(
+    "test_points_are_those_of_the_images",
+    r"noise_level: \(4, 1\)",
+    points=image_points(noise_level=lambda x: x[:, :1]),
+)
+image(
+    "test_points_are_those_of_the_images",
+    "old_mean: not finite",
+    points=image_points(old_mean=lambda x: x / 0),
+)
+image("test_log_ratio_is_zero_for_the_sampler", "float64", log_ratio=ratio(lambda r: r.double()))
+image(
+    "test_trust_radius_is_where_the_clip_acts",
+    r"\(4,\)",
+    trust_radius=lambda self, points: GoodImage.trust_radius(self, points)[:, 0],
+)
+image(
+    "test_values_and_metrics_are_one_per_point",
+    "ratio: torch.float64",
+    loss=image_loss(lambda values, metrics, v: (values, {"ratio": values.detach().double()})),
+)
+image(
+    "test_values_and_metrics_are_one_per_point",
+    "values: not finite",
+    loss=image_loss(lambda values, metrics, v: (values / 0, metrics)),
+)
+image(
+    "test_it_reads_what_it_needs_and_no_more",
+    "never reads the current",
+    loss=lambda self, points, velocities, advantages, rewards: (advantages, {}),
+)
+for says, weigh in {
+    "expected": lambda mask: mask.sum(1).float(),
+    "float64": lambda mask: mask.double(),
+    "carry gradient": lambda mask: mask.float().requires_grad_(),
+    "negative": lambda mask: -mask.float(),
+    "no weight": lambda mask: 0 * mask.float(),
+}.items():
+    image(
+        "test_weights_are_of_the_mask_alone",
+        says,
+        weights=lambda self, mask, weigh=weigh: weigh(mask),
+    )
+
+
+def unsteadily(calls: Counted) -> Callable[..., Any]:
+    return image_loss(lambda values, metrics, v: (values * calls(), metrics))
+
+
+image("test_nothing_is_drawn_or_changed", "asked again", loss=unsteadily(Counted()))

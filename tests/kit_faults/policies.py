@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.errors import UserError
 from unigrpo_core.interfaces import Policy
 from unigrpo_core.keys import Key
 from unigrpo_core.plugin import Provider
@@ -144,6 +145,47 @@ def drop_out(replay: Any, batch: Any) -> Any:
     return replace(replay, logps=replay.logps * (1 + 1e-3 * torch.rand(())))
 
 
+def all_rows(history: Any) -> Any:
+    object.__setattr__(history, "rows", lambda index: history)
+    return history
+
+
+class Growing:
+    """Adds one more with every call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, value: int) -> int:
+        self.calls += 1
+        return value + self.calls
+
+
+def forgets_after_an_error(policy: Any) -> None:
+    real = policy.weights
+
+    class Careless(nullcontext):
+        def __init__(self, name: str) -> None:
+            self.inner = real(name)
+            policy.contexts = [self.inner]  # else its end would put the weights back
+
+        def __enter__(self) -> None:
+            self.inner.__enter__()
+
+        def __exit__(self, kind: Any, *error: Any) -> None:
+            if kind is None:
+                self.inner.__exit__(None, None, None)
+            torch.set_grad_enabled(True)
+
+    policy.weights = Careless
+
+
+def spoils_and_fails(policy: Any, real: Any, folder: Any) -> None:
+    with torch.no_grad():
+        next(policy.root.parameters()).zero_()
+    raise UserError("nothing there")
+
+
 POLICY = [
     PolicyFault(
         "test_histories_have_rows",
@@ -210,6 +252,43 @@ POLICY = [
     PolicyFault("test_nothing_global_is_drawn", "of torch;", instead("open", draws)),
     PolicyFault("test_nothing_global_is_drawn", "of torch;", instead("velocity", draws)),
     PolicyFault("test_nothing_global_is_drawn", "of torch;", replayed(drop_out)),
+    PolicyFault(
+        "test_histories_have_rows", "returned tuple", instead("open", lambda p, real, *given: given)
+    ),
+    PolicyFault("test_histories_have_rows", "", result("open", all_rows)),
+    PolicyFault("test_prompt_tokens_are_counted", r"3\.0", result("prompt_tokens", lambda n: 3.0)),
+    PolicyFault("test_prompt_tokens_are_counted", "", result("prompt_tokens", Growing())),
+    PolicyFault(
+        "test_every_parameter_has_one_owner",
+        "experts .*'sound'",
+        result("parameters", lambda owned: {**owned, "sound": {}}),
+    ),
+    PolicyFault(
+        "test_wrap_units_are_modules_of_the_root", "Layer", result("wrap_units", lambda u: [*u])
+    ),
+    PolicyFault(
+        "test_wrap_units_are_modules_of_the_root",
+        "no module class",
+        result("wrap_units", lambda units: (dict,)),
+    ),
+    PolicyFault(
+        "test_kept_weights_compute_the_past",
+        "no Replay",
+        replayed(lambda replay, batch: replay.logps),
+    ),
+    PolicyFault(
+        "test_kept_weights_compute_the_past",
+        "and the replay did not",
+        replayed(
+            lambda replay, batch: replace(
+                replay, logps=0 * replay.logps, velocities=0 * replay.velocities
+            )
+        ),
+    ),
+    PolicyFault("test_kept_weights_compute_the_past", "after an error", forgets_after_an_error),
+    PolicyFault(
+        "test_nothing_to_load_is_an_error", "weights changed", instead("load", spoils_and_fails)
+    ),
 ]
 
 
@@ -251,6 +330,13 @@ CALLS: list[int] = []
 def rising(key: Key, rows: int) -> Key:
     CALLS.append(rows)
     return key.child(len(CALLS))
+
+
+def one_off(logps: torch.Tensor) -> torch.Tensor:
+    """One log-prob of about 14 moved by so much that their mean stays below 1e-5."""
+    moved = logps.clone()
+    moved[0, 0] -= 1.2e-4
+    return moved
 
 
 TEXT = [
@@ -326,6 +412,79 @@ TEXT = [
         replayed(
             lambda replay, batch: replace(
                 replay, logps=replay.logps.detach() + 0 * replay.velocities.sum()
+            )
+        ),
+    ),
+    PolicyFault(
+        "test_texts_are_padded_on_the_right",
+        "logps: .3, ",
+        written(lambda s: replace(s, logps=s.logps[:, 1:])),
+    ),
+    PolicyFault(
+        "test_texts_are_padded_on_the_right",
+        "2 texts",
+        written(lambda s: replace(s, texts=s.texts[1:])),
+    ),
+    PolicyFault(
+        "test_texts_are_padded_on_the_right",
+        "7 tokens",
+        instead(
+            "write",
+            lambda policy, real, history, sampling, keys: real(
+                history, replace(sampling, max_tokens=7), keys
+            ),
+        ),
+    ),
+    PolicyFault(
+        "test_texts_are_padded_on_the_right",
+        "no token",
+        written(lambda s: replace(s, mask=s.mask & (torch.arange(len(s.mask)) > 0)[:, None])),
+    ),
+    PolicyFault(
+        "test_texts_are_padded_on_the_right",
+        "not finite",
+        written(lambda s: replace(s, logps=s.logps - float("inf"))),
+    ),
+    PolicyFault(
+        "test_texts_are_padded_on_the_right",
+        "carries gradient",
+        written(lambda s: replace(s, logps=s.logps.clone().requires_grad_())),
+    ),
+    PolicyFault(
+        "test_texts_are_padded_on_the_right",
+        "None",
+        written(lambda s: replace(s, texts=(None,) * len(s.texts))),
+    ),
+    PolicyFault(
+        "test_replay_gives_the_samplers_logps",
+        "float64",
+        replayed(lambda replay, batch: replace(replay, logps=replay.logps.double())),
+    ),
+    PolicyFault(
+        "test_replay_gives_the_samplers_logps",
+        r"\(3,\)",
+        replayed(lambda replay, batch: replace(replay, logps=replay.logps.sum(1))),
+    ),
+    PolicyFault(
+        "test_replay_gives_the_samplers_logps",
+        "differ by 1.20e-04",
+        replayed(lambda replay, batch: replace(replay, logps=one_off(replay.logps))),
+    ),
+    PolicyFault(
+        "test_logps_are_left_out_if_not_wanted",
+        r"\(3, 0\)",
+        replayed(
+            lambda replay, batch: (
+                replay if batch.want_logps else replace(replay, logps=replay.logps[:, :0])
+            )
+        ),
+    ),
+    PolicyFault(
+        "test_text_gradient_reaches_the_text_expert",
+        "not finite",
+        replayed(
+            lambda replay, batch: replace(
+                replay, logps=replay.logps * (replay.logps - replay.logps.detach()).sqrt()
             )
         ),
     ),
@@ -442,6 +601,62 @@ IMAGE = [
         replayed(
             lambda replay, batch: replace(
                 replay, velocities=replay.velocities * (1 + 0.01 * batch.context_gradient)
+            )
+        ),
+    ),
+    PolicyFault(
+        "test_sizes_are_numbers", "2.0", result("latent_shape", lambda shape: (2.0, *shape))
+    ),
+    PolicyFault(
+        "test_sizes_are_numbers", r"\[2, 3, 48\]", result("latent_shape", lambda shape: [*shape])
+    ),
+    PolicyFault("test_sizes_are_numbers", "", result("image_tokens", lambda count: 0)),
+    PolicyFault(
+        "test_images_are_in_range", r"\(3, 8, 12\)", result("decode", lambda images: images[:, 0])
+    ),
+    PolicyFault(
+        "test_images_are_in_range",
+        "carries gradient",
+        result("decode", lambda images: images.clone().requires_grad_()),
+    ),
+    PolicyFault(
+        "test_velocities_are_float32_of_the_latents_shape",
+        "not finite",
+        result("velocity", lambda v: v / 0),
+    ),
+    PolicyFault(
+        "test_velocities_are_float32_of_the_latents_shape",
+        "carries gradient",
+        result("velocity", lambda v: v.clone().requires_grad_()),
+    ),
+    PolicyFault(
+        "test_replay_gives_the_samplers_velocities",
+        "gives none",
+        replayed(lambda replay, batch: replace(replay, velocities=None)),
+    ),
+    PolicyFault(
+        "test_replay_gives_the_samplers_velocities",
+        "float64",
+        replayed(lambda replay, batch: replace(replay, velocities=replay.velocities.double())),
+    ),
+    PolicyFault(
+        "test_branches_are_unconditional",
+        "2 rows",
+        result("branches", lambda found: {n: h.rows(torch.arange(2)) for n, h in found.items()}),
+    ),
+    PolicyFault(
+        "test_replay_gives_the_branches_velocities",
+        r"got \[\]",
+        asked(lambda batch: replace(batch, branches=())),
+    ),
+    PolicyFault(
+        "test_image_gradient_reaches_the_image_expert",
+        "not finite",
+        replayed(
+            lambda replay, batch: replace(
+                replay,
+                velocities=replay.velocities
+                * (replay.velocities - replay.velocities.detach()).sqrt(),
             )
         ),
     ),

@@ -47,6 +47,15 @@ class Numbered(GoodSource):
         return super().held_out(count + self.number)[self.number :]
 
 
+class NumberedTraining(Numbered):
+    """Every one that is built trains on other prompts."""
+
+    held_out = GoodSource.held_out
+
+    def train(self, seed, start, count):
+        return super().train(seed + self.number, start, count)
+
+
 source = Faults(testing.PromptSourceConformance, GoodSource)
 source(
     "test_prompts_are_texts_with_an_id",
@@ -115,3 +124,32 @@ source(
 )
 source("test_nothing_global_is_drawn", "of random;", train=drawing(GoodSource.train))
 source("test_nothing_global_is_drawn", "of random;", held_out=drawing(GoodSource.held_out))
+source(
+    "test_prompts_are_texts_with_an_id",
+    "asked for 0",
+    train=training(lambda found, start, seed: found or (Prompt("t", "a line"),)),
+)
+for says, prompt in {
+    "is no Prompt": ("t0", "a line"),
+    "the id is no text": Prompt(0, "a line"),
+    "the id is empty": Prompt("", "a line"),
+    "the text is none": Prompt("t0", 0),
+}.items():
+    source(
+        "test_prompts_are_texts_with_an_id",
+        says,
+        train=training(lambda found, start, seed, prompt=prompt: (prompt, *found)[: len(found)]),
+    )
+source("test_training_is_the_same_in_every_run", "", build=NumberedTraining)
+source(
+    "test_training_resumes_anywhere",
+    "",
+    train=lambda self, seed, start, count: GoodSource.train(self, seed + count, start, count),
+)
+source(
+    "test_training_resumes_anywhere",
+    "",
+    train=lambda self, seed, start, count: GoodSource.train(
+        self, seed, start if count > 1 else start + 1, count
+    ),
+)

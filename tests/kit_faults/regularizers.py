@@ -127,3 +127,20 @@ token("test_masked_tokens_are_zero", "gradient reaches masked", lambda: masked_v
 token(
     "test_rows_are_independent", "felt elsewhere", lambda: lambda s: k3(s) * k3(s).detach().mean()
 )
+flow(
+    "test_gradient_reaches_the_current_values",
+    "not finite",
+    lambda: lambda step: mse(step) * (step.v - step.v.detach()).flatten(2).sum(2).sqrt(),
+)
+flow(
+    "test_never_negative",
+    "not finite at a gap of 10",
+    lambda: lambda step: (20 * mse(step)).exp() - 1,
+)
+flow(
+    "test_values_are_one_float32_per_point",
+    "not finite",
+    lambda: lambda step: mse(step) / step.transition.std.new_zeros(2, 3),
+)
+token("test_values_are_one_float32_per_token", "float64", lambda: lambda s: k3(s).double())
+token("test_values_are_one_float32_per_token", "not finite", lambda: lambda s: k3(s) / 0)

@@ -148,3 +148,19 @@ reward(
     "x, alone",
     details=lambda self, batch: {"x": scaled(self, batch)},
 )
+reward("test_declarations", "", differentiable=1)
+reward(
+    "test_reads_no_more_than_it_says",
+    "",
+    score=plus(
+        lambda batch: 0.1 * (batch.thoughts is None and not batch.prompts[0].text.startswith("a"))
+    ),
+)
+reward(
+    "test_details_are_further_scores", "no name", details=lambda self, batch: {1: self.score(batch)}
+)
+reward(
+    "test_details_are_further_scores",
+    r"x: \(\)",
+    details=lambda self, batch: {"x": self.score(batch).mean()},
+)

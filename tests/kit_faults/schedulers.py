@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kit_faults import Faults, drawing
+from kit_faults import Counted, Faults, drawing, unsteady
 from unigrpo_core import testing
 from unigrpo_core.testing.samples import PlainScheduler, PlainTransition
 
@@ -146,3 +146,46 @@ scheduler(
     "not close",
     transition=with_log_ratio(NaiveTransition),
 )
+scheduler("test_stochastic_is_true", "", stochastic=1)
+scheduler(
+    "test_gradient_reaches_the_velocity",
+    "no gradient reaches v",
+    transition=moved(mean=lambda mean, points: mean.detach() + 0 * points["v"]),
+)
+scheduler("test_nothing_is_drawn_or_changed", "times differ", times=unsteady(PlainScheduler.times))
+
+
+def unsteadily(name: str, calls: Counted) -> Callable[..., Any]:
+    return moved(**{name: lambda value, points: value * (1 + calls() / 1000)})
+
+
+for name in ("mean", "std"):
+    scheduler(
+        "test_nothing_is_drawn_or_changed",
+        f"{name} differs",
+        transition=unsteadily(name, Counted()),
+    )
+scheduler(
+    "test_moments_are_float32_of_the_latents_shape",
+    "no Transition",
+    transition=lambda self, *given: PlainScheduler.transition(self, *given).mean,
+)
+scheduler(
+    "test_moments_are_float32_of_the_latents_shape",
+    r"mean \(2, 7, 1\)",
+    transition=moved(mean=lambda mean, points: mean.flatten(2).mean(2, keepdim=True)),
+)
+
+
+class PerRow(PlainTransition):
+    def log_ratio(self, x_next, old_mean):
+        return super().log_ratio(x_next, old_mean).sum(1)
+
+
+class InDouble(PlainTransition):
+    def log_ratio(self, x_next, old_mean):
+        return super().log_ratio(x_next, old_mean).double()
+
+
+scheduler("test_log_ratio_is_zero_at_the_old_mean", r"\(2,\)", transition=with_log_ratio(PerRow))
+scheduler("test_log_ratio_is_zero_at_the_old_mean", "float64", transition=with_log_ratio(InDouble))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kit_faults import Faults, drawing
+from kit_faults import Counted, Faults, drawing
 from unigrpo_core import testing
 from unigrpo_core.interfaces import TextObjective
 
@@ -109,3 +109,32 @@ text(
     "not close",
     weights=lambda self, mask: mask.float() / mask.shape[1],
 )
+text(
+    "test_values_and_metrics_are_one_per_token",
+    "gap: torch.float64",
+    loss=text_loss(
+        lambda values, metrics, mask, logps: (values, {"gap": values.detach().double()})
+    ),
+)
+text(
+    "test_values_and_metrics_are_one_per_token",
+    "values: not finite",
+    loss=text_loss(lambda values, metrics, mask, logps: (values / 0, metrics)),
+)
+for says, weigh in {
+    "float64": lambda mask: mask.double(),
+    "carry gradient": lambda mask: mask.float().requires_grad_(),
+    "negative": lambda mask: -mask.float(),
+}.items():
+    text(
+        "test_weights_are_of_the_mask_alone",
+        says,
+        weights=lambda self, mask, weigh=weigh: weigh(mask),
+    )
+
+
+def unsteadily(calls: Counted) -> Callable[..., Any]:
+    return text_loss(lambda values, metrics, mask, logps: (values * calls(), metrics))
+
+
+text("test_nothing_is_drawn_or_changed", "asked again", loss=unsteadily(Counted()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from kit_faults import Faults, drawing
+from kit_faults import Counted, Faults, drawing
 from unigrpo_core import testing
 from unigrpo_core.interfaces import Window
 
@@ -32,6 +32,18 @@ def once_more(self: Any, total: int, key: Any) -> Any:
     return GoodWindow.steps(self, total, key.child(self.calls))
 
 
+class Numbered(GoodWindow):
+    """Every one that is built draws differently."""
+
+    built = Counted()
+
+    def __init__(self):
+        self.number = self.built()
+
+    def steps(self, total, key):
+        return super().steps(total, key.child(self.number))
+
+
 window = Faults(testing.WindowConformance, GoodWindow)
 window("test_steps_are_as_many_as_count_says", "count says 3", steps=steps(lambda s: s[:2]))
 window("test_steps_are_as_many_as_count_says", "fits into no rollout", size=90)
@@ -47,3 +59,4 @@ window(
     "DID NOT RAISE",
     steps=lambda self, total, key: tuple(range(min(total, self.size))),
 )
+window("test_the_key_decides", "", build=Numbered)

@@ -28,7 +28,9 @@ class TextPolicyConformance(PolicyConformance):
             value: Tensor = getattr(written, name)
             assert value.dtype == dtype, f"{name}: {value.dtype}, expected {dtype}"
             assert value.shape == written.mask.shape, f"{name}: {tuple(value.shape)}"
-        assert written.mask.shape[0] == rows == len(written.texts) == len(context.history)
+        assert written.mask.shape[0] == rows, f"{written.mask.shape[0]} rows for {rows} prompts"
+        assert len(written.texts) == rows, f"{len(written.texts)} texts for {rows} prompts"
+        assert len(context.history) == rows, f"{len(context.history)} rows of history"
         assert written.mask.shape[1] <= self.max_tokens, f"{written.mask.shape[1]} tokens"
         assert written.mask[:, 0].all(), "a row has no token"
         falls = written.mask[:, 1:] <= written.mask[:, :-1]
