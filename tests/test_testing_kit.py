@@ -3,6 +3,10 @@ and expects failures."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.metadata import requires
+
 import pytest
 from kit_faults import any_kind, catch, checks, distribution, passes, pytest_of, run_check, subject
 from kit_faults.advantages import advantage
@@ -47,6 +51,15 @@ def test_every_kind_is_exported():
         testing.ImageFlowPolicyConformance,
     }
     assert kits == {getattr(testing, name) for name in testing.__all__}
+
+
+def test_without_pytest_it_says_what_to_install():
+    """pytest is no requirement of unigrpo, so the kit may be imported without."""
+    runtime = [line for line in requires("unigrpo") if "extra ==" not in line]
+    assert not any(line.startswith("pytest") for line in runtime)
+    code = "import sys; sys.modules['pytest'] = None; import unigrpo_core.testing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "needs pytest, which is not installed: pip install pytest" in done.stderr
 
 
 # --- found through entry points ---------------------------------------------------------------
