@@ -1,0 +1,163 @@
+"""Every component of this distribution keeps the promises of its interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+from unigrpo_board.prompts import BoardPrompts
+
+from unigrpo_core.catalog import load_catalog
+from unigrpo_core.testing import (
+    AdvantageConformance,
+    FlowRegularizerConformance,
+    GuidanceConformance,
+    ImageFlowPolicyConformance,
+    ImageObjectiveConformance,
+    PromptSourceConformance,
+    RewardConformance,
+    SchedulerConformance,
+    TextObjectiveConformance,
+    TextPolicyConformance,
+    TokenRegularizerConformance,
+    WindowConformance,
+)
+from unigrpo_core.testing.base import Conformance
+
+BOARD = BoardPrompts().train(0, 0, 5)
+THOUGHTS = ("red circle top", "blue square left green triangle center", "", "not a thought")
+
+
+# --- rewards and prompts ----------------------------------------------------------------------
+
+
+class TestBrightness(RewardConformance):
+    use = "brightness"
+
+
+class TestRandomReward(RewardConformance):
+    use = "random"
+
+
+class TestBoardVerifier(RewardConformance):
+    use = "board_verifier"
+    prompts = BOARD
+    thoughts = THOUGHTS
+
+
+class TestBoardPrompts(PromptSourceConformance):
+    use = "board"
+
+
+class TestFilePrompts(PromptSourceConformance):
+    use = "file"
+
+    @pytest.fixture
+    def given(self, tmp_path):
+        lines = [f'{{"prompt": "{number} apples", "number": {number}}}' for number in range(40)]
+        (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+        return {"path": str(tmp_path / "prompts.jsonl")}
+
+
+# --- methods ----------------------------------------------------------------------------------
+
+
+class TestFlowSDE(SchedulerConformance):
+    use = "flow_sde"
+
+
+class TestFlowSDEOnTheGridOfDiffusers(SchedulerConformance):
+    use = "flow_sde"
+    options: ClassVar = {"grid": "diffusers"}
+
+
+class TestODE(SchedulerConformance):
+    use = "ode"
+
+
+class TestRandomWindow(WindowConformance):
+    use = "random"
+
+
+class TestFixedWindow(WindowConformance):
+    use = "fixed"
+    options: ClassVar = {"steps": [0, 2, 7]}
+
+
+class TestNoGuidance(GuidanceConformance):
+    use = "none"
+
+
+class TestCFG(GuidanceConformance):
+    use = "cfg"
+
+
+class TestCFGOnAnInterval(GuidanceConformance):
+    use = "cfg"
+    options: ClassVar = {"scale": 2.5, "interval": [0.2, 0.8]}
+
+
+class TestGRPO(TextObjectiveConformance):
+    use = "grpo"
+
+
+class TestFlowGRPO(ImageObjectiveConformance):
+    use = "flow_grpo"
+    options: ClassVar = {"clip_range": 1e-4}
+
+
+class TestFlowGRPOWithRatioNorm(ImageObjectiveConformance):
+    use = "flow_grpo"
+    options: ClassVar = {"ratio_norm": True}
+
+
+class TestVelocityMSE(FlowRegularizerConformance):
+    use = "velocity_mse"
+
+
+class TestLatentKL(FlowRegularizerConformance):
+    use = "latent_kl"
+
+
+class TestTextKL(TokenRegularizerConformance):
+    use = "text_kl"
+
+
+class TestGroupNorm(AdvantageConformance):
+    use = "group_norm"
+
+
+class TestGroupNormByAllRows(AdvantageConformance):
+    use = "group_norm"
+    options: ClassVar = {"std": "global"}
+
+
+class TestGroupNormWithoutStd(AdvantageConformance):
+    use = "group_norm"
+    options: ClassVar = {"std": "none"}
+
+
+# --- policies ---------------------------------------------------------------------------------
+
+
+class TestBagel(TextPolicyConformance, ImageFlowPolicyConformance):
+    use = "bagel"
+    options: ClassVar = {"checkpoint": "pkg:unigrpo_board/checkpoint"}
+    prompts = BOARD
+
+
+# --- nothing is left out ----------------------------------------------------------------------
+
+
+def subclasses(cls: type[Conformance]) -> Iterator[type[Conformance]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from subclasses(sub)
+
+
+def test_every_component_of_this_distribution_is_checked() -> None:
+    ours = {(c.kind, c.name) for c in load_catalog().components if c.distribution == "unigrpo"}
+    here = [cls for cls in subclasses(Conformance) if cls.__module__ == __name__]
+    assert {(cls.slot.kind, cls.use) for cls in here} == ours
+    assert {cls.__name__ for cls in here} <= set(globals()), "pytest would not collect it"
