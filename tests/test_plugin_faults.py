@@ -55,16 +55,6 @@ FAULTS = {
         yields("Provider('mine', build, dict)"),
         "unigrpo_rewards(): options of 'mine' are no class of Options",
     ),
-    "field": (
-        HEAD + "class Mine(Options):\n    x: pluggy.PluginManager\n"
-        + GOOD.replace("build,", "build, Mine,"),
-        "unigrpo_rewards(): options of 'mine' are no valid class: PydanticSchemaGenerationError: "
-        "Unable to generate pydantic-core schema for",
-    ),
-    "annotation": (
-        HEAD + "class Mine(Options):\n    x: 'Nowhere'\n" + GOOD.replace("build,", "build, Mine,"),
-        "unigrpo_rewards(): options of 'mine' are no valid class: PydanticUndefinedAnnotation",
-    ),
     "no hook": (HEAD, "it implements no unigrpo hook (are they marked with @hookimpl?)"),
     "another marker": (
         HEAD + "other = pluggy.HookimplMarker('other')\n" + GOOD.replace("@hookimpl", "@other"),
@@ -115,6 +105,21 @@ def distribution(tmp_path, monkeypatch):
         return folder
 
     return distribution
+
+
+NO_OPTIONS = {
+    "field": (
+        HEAD
+        + "class Mine(Options):\n    x: pluggy.PluginManager\n"
+        + GOOD.replace("build,", "build, Mine,"),
+        "options of 'mine' are no valid class: PydanticSchemaGenerationError: "
+        "Unable to generate pydantic-core schema for",
+    ),
+    "annotation": (
+        HEAD + "class Mine(Options):\n    x: 'Nowhere'\n" + GOOD.replace("build,", "build, Mine,"),
+        "options of 'mine' are no valid class: PydanticUndefinedAnnotation",
+    ),
+}
 
 
 @pytest.fixture
@@ -168,6 +173,22 @@ def test_a_fault_is_listed_and_harms_only_who_names_it(distribution, unigrpo, fa
     code, out, _ = unigrpo("check", "no_cfg_mse", "--set", "rewards=[{use='mine'}]")
     assert code == 3
     assert f"broken: plugin 'one' of Fau_lty 0.3: {broken['reason']}" in out
+
+
+@pytest.mark.parametrize("fault", NO_OPTIONS)
+def test_options_that_cannot_be_stated_are_listed_and_harm_only_who_names_them(
+    distribution, unigrpo, fault
+):
+    source, reason = NO_OPTIONS[fault]
+    distribution(source)
+    [broken] = listed(unigrpo)
+    assert broken["reason"].startswith(reason)
+    assert "\n" not in broken["reason"]
+    assert (broken["entry"], broken["distribution"]) == ("mine", "Fau_lty")
+    assert unigrpo("check", "no_cfg_mse")[0] == 0
+    code, out, _ = unigrpo("check", "no_cfg_mse", "--set", "rewards=[{use='mine'}]")
+    assert code == 3
+    assert "'mine' of Fau_lty 0.3 cannot check its options: Pydantic" in out
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
 
 from unigrpo_core.errors import PluginError, shown
-from unigrpo_core.loading import LoadError, PluginFile, providers
+from unigrpo_core.loading import LoadError, PluginFile, options_fault, providers
 from unigrpo_core.plugin import Provider
 
 GROUP = "unigrpo"
@@ -114,6 +114,20 @@ class Catalog:
         absent = [f"\n  broken: {item}" for item in self.broken]
         absent += [f"\n  disabled: {item}" for item in self.disabled]
         raise PluginError(f"no {label} called {name!r}{hint}{''.join(absent)}")
+
+    def proved(self) -> Catalog:
+        """The catalog for a listing: a component whose options no recipe could state is broken."""
+        faults = [(item, options_fault(item.provider)) for item in self.components]
+        return replace(
+            self,
+            components=tuple(item for item, fault in faults if not fault),
+            broken=self.broken
+            + tuple(
+                Broken(item.name, item.distribution, item.version, fault)
+                for item, fault in faults
+                if fault
+            ),
+        )
 
     def installed(self) -> Mapping[str, tuple[str, str]]:
         """Name and version of every distribution with plugins, by normal name, working or not."""

@@ -137,10 +137,16 @@ def _check(provider: Any, hook: str, fault: Callable[[str], LoadError]) -> None:
         raise fault(f"{hook}(): {name!r} reads {unknown}, and an episode has {known}")
     if provider.range is not None and not _is_range(provider.range):
         raise fault(f"{hook}(): range of {name!r} is {provider.range!r}, not (lowest, highest)")
+
+
+def options_fault(provider: Provider) -> str:
+    """Why no options of this class can be made ("" if they can). They are built only when first
+    used, since building all takes longer than most commands."""
     try:
-        options.model_rebuild(raise_errors=True)  # their checks are otherwise built when first used
+        provider.options.model_rebuild(raise_errors=True)
     except Exception as error:
-        raise fault(f"{hook}(): options of {name!r} are no valid class: {said(error)}") from error
+        return f"options of {provider.name!r} are no valid class: {said(error)}"
+    return ""
 
 
 def _is_range(value: Any) -> bool:

@@ -36,7 +36,7 @@ def plugins(arguments: argparse.Namespace) -> int:
     kind, name = arguments.kind, arguments.name
     if kind is not None and kind not in KINDS:
         raise UsageError(f"no kind of component is called {kind!r}{did_you_mean(kind, [*KINDS])}")
-    catalog = warned(load_catalog())
+    catalog = warned(load_catalog()).proved()
     components = catalog.components if kind is None else catalog.of(kind)
     if name is not None:
         components = (catalog.find(kind, name),)
