@@ -180,7 +180,9 @@ def diverging(place, name):
 
 @pytest.mark.parametrize("name", ["latents", "logps"])
 @pytest.mark.parametrize(
-    ("where", "place"), [("loop", "training"), ("evaluate", "evaluation")], ids=["step", "eval"]
+    ("where", "place"),
+    [("experience", "training"), ("evaluate", "evaluation")],
+    ids=["step", "eval"],
 )
 def test_a_model_that_diverges_is_not_the_rewards_fault(train, monkeypatch, name, where, place):
     monkeypatch.setattr(f"unigrpo_core.engine.{where}.sample", diverging(place, name))

@@ -360,10 +360,10 @@ from pathlib import Path
 import tiny
 import torch
 
-from unigrpo_core.engine import loop
+from unigrpo_core.engine import experience, loop
 
 folder, checkpoint, device, out = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-found, original = [], loop.sample
+found, original = [], experience.sample
 
 
 def sample(*arguments):
@@ -371,7 +371,7 @@ def sample(*arguments):
     return found[-1]
 
 
-loop.sample = sample
+experience.sample = sample
 resolved = tiny.recipe(folder, checkpoint, f"compute.device='{device}'", "evaluation.every=0")
 run = loop.Run(resolved, folder / device, tiny.Silent())
 assert all(p.device.type == device for p in run.setup.policy.root.parameters())

@@ -496,7 +496,7 @@ def test_too_little_memory_names_the_keys_that_lower_the_need(run, out, monkeypa
     code, err = run("compute.rollout_rows=77")
     assert code == 1
     first, note = err.splitlines()
-    assert first.startswith("out of memory: lower compute.rollout_rows (now 77) or compute.replay")
+    assert first.startswith("out of memory: lower compute.rollout_rows (now 77), compute.rollout_")
     assert "can't allocate memory" in first
     assert note == f"{out} keeps what was measured up to step 0 of 2"
 

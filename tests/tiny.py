@@ -21,16 +21,14 @@ from unigrpo_models.bagel.network import BagelNetwork
 from unigrpo_models.bagel.policy import write_config
 
 from unigrpo_core.catalog import Catalog, collect, load_catalog
+from unigrpo_core.engine.clock import Clock
+from unigrpo_core.engine.experience import gather
 from unigrpo_core.engine.loop import Run
-from unigrpo_core.engine.rollout import Plan, sample
-from unigrpo_core.engine.scoring import advantages, episodes, score
 from unigrpo_core.engine.setup import Setup, build_setup
-from unigrpo_core.engine.trainset import TrainSet, build_train_set
+from unigrpo_core.engine.trainset import TrainSet
 from unigrpo_core.interfaces import Reward
-from unigrpo_core.keys import Key
 from unigrpo_core.plugin import Field, Options, Provider, hookimpl
 from unigrpo_core.recipe import Resolved, load_recipe
-from unigrpo_core.recipe.schema import EXPERT_OF
 from unigrpo_core.records import (
     FlowStep,
     ImageSegment,
@@ -194,18 +192,7 @@ def prompts(count: int = 3) -> tuple[Prompt, ...]:
 
 def train_set(setup: Setup, step: int = 1) -> TrainSet:
     """The training set of one rollout, as the loop makes it."""
-    recipe, key = setup.recipe, Key((0, "train", step))
-    chosen = setup.source.train(0, 0, recipe.prompts)
-    trained: tuple[int, ...] = ()
-    if setup.window and setup.training:
-        trained = setup.window.steps(setup.training.steps, key.child("window"))
-    rollout = sample(setup, chosen, Plan(recipe.group.fan_out, setup.training, trained), key)
-    scores = score(setup.rewards, episodes(rollout, "step"), details=False)
-    found = tuple(
-        advantages(setup, rollout, scores, level) if EXPERT_OF[kind] in recipe.train else None
-        for level, kind in enumerate(recipe.episode)
-    )
-    return build_train_set(setup, rollout, found, scores.total, key)
+    return gather(setup, step, Clock(setup.device)).data
 
 
 def text_of(rollout: Rollout) -> TextSegment:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,23 @@ from unigrpo_core.recipe import (
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+    from unigrpo_core.engine.selfcheck import Finding
+
 
 def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("check", help="check recipes without loading a model")
+    parser = subparsers.add_parser(
+        "check",
+        help="check recipes without loading a model",
+        description="Checks recipes without loading a model; with --run also by one step of each, "
+        "of which nothing is kept.",
+    )
     parser.add_argument("recipe", nargs="+", metavar="RECIPE", help="a file, or a shipped recipe")
+    parser.add_argument(
+        "--run",
+        action="store_true",
+        help="load the model and take one step: is what is sampled what is trained, and does it "
+        "learn from it?",
+    )
     add_set(parser)
     add_json(parser)
     parser.set_defaults(handler=check)
@@ -34,14 +47,33 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def check(arguments: argparse.Namespace) -> int:
     catalogs = Catalogs(warned(load_catalog()))
-    reports = [_report(word, catalogs, arguments.set) for word in arguments.recipe]
+    reports = []
+    for word in arguments.recipe:
+        report = _report(word, catalogs, arguments.set)
+        if not arguments.json:
+            print(report, flush=True)
+        if arguments.run and report.resolved is not None:
+            report = _run(report, report.resolved, quiet=arguments.json)
+        reports.append(report)
     if arguments.json:
         print(as_json([report.as_json() for report in reports]))
-    else:
-        for report in reports:
-            print(report)
     codes = {report.code for report in reports} - {0}
     return min(codes, default=0)
+
+
+def _run(report: Report, resolved: Resolved, *, quiet: bool) -> Report:
+    """The report with what the self-check finds, which is said as it is found."""
+    from unigrpo_core.engine.selfcheck import self_check
+
+    found = []
+    for item in self_check(resolved):
+        found.append(item)
+        if not quiet:
+            print(f"  {'fine ' if item.ok else 'WRONG'} {item.name}: {item.figures}", flush=True)
+            if item.change and not item.ok:
+                print(f"        change {item.change}")
+    codes = [item.code for item in found if not item.ok]
+    return replace(report, code=max(codes, default=0), found=tuple(found))
 
 
 @dataclass(frozen=True)
@@ -55,13 +87,14 @@ class Report:
     resolved: Resolved | None = None
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    found: tuple[Finding, ...] = ()  # by the self-check
 
     def as_json(self) -> dict[str, Any]:
         recipe = self.resolved
         return {
             "recipe": self.word,
             "file": None if self.file is None else str(self.file),
-            "ok": not self.problems,
+            "ok": not self.problems and all(item.ok for item in self.found),
             "name": recipe and recipe.name,
             "title": recipe and recipe.recipe.title,
             "hash": recipe and recipe.hash,
@@ -75,6 +108,15 @@ class Report:
                 for problem in self.problems
             ],
             "notes": list(self.notes),
+            "found": [
+                {
+                    "name": item.name,
+                    "ok": item.ok,
+                    "figures": item.figures,
+                    "change": "" if item.ok else item.change,
+                }
+                for item in self.found
+            ],
         }
 
     def __str__(self) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 
 from unigrpo_core.engine.gap import finite
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.interfaces import PromptSource
 from unigrpo_core.recipe import Recipe
+from unigrpo_core.recipe.schema import Expert
 from unigrpo_core.records import ImageSegment, Prompt, Rollout, TextSegment
 
 LOOKED_AT = 4096  # prompts of the stream that are looked at before a run begins
@@ -95,6 +97,89 @@ def check_finite(rollout: Rollout) -> None:
             finite("the model has diverged: a decoded image", segment.images)
 
 
+ALIKE = 0.9  # correlation of two noises; of independent ones it is near 0
+CHANCE = -30.0  # log of the probability that thoughts are alike by chance
+NOISES = 4096  # elements that are compared
+
+
+def check_draws(rollout: Rollout) -> None:
+    """Whether different episodes were drawn by different keys.
+
+    Raises:
+        UserError: two images have the same noise at one step, or all thoughts of every prompt are
+            alike though that is next to impossible.
+    """
+    for level, segment in enumerate(rollout.segments):
+        if isinstance(segment, ImageSegment):
+            for step in range(segment.x_t.shape[1]):
+                noise = (segment.x_next - segment.old_mean)[:, step].flatten(1)[:, :NOISES].float()
+                noise = noise / noise.norm(dim=1, keepdim=True)
+                alike = ((noise @ noise.T).triu(1) > ALIKE).nonzero().tolist()
+                if alike:
+                    raise UserError(
+                        _shared(f"images {alike[0][0]} and {alike[0][1]} got the same noise")
+                    )
+        elif isinstance(segment, TextSegment):
+            families: dict[int, list[int]] = {}
+            for row, parent in enumerate(rollout.parents[level].tolist()):
+                families.setdefault(parent, []).append(row)
+            groups = [rows for rows in families.values() if len(rows) > 1]
+            if any(len({segment.texts[row] for row in rows}) > 1 for rows in groups):
+                continue
+            sums = segment.logps.sum(1)
+            chance = sum(float(sums[row]) for rows in groups for row in rows[1:])
+            if chance < CHANCE:
+                raise UserError(
+                    _shared(
+                        f"all thoughts of a prompt are alike, by chance 1 time in e^{-chance:.0f}"
+                    )
+                )
+
+
+def _shared(what: str) -> str:
+    return (
+        f"the draws of different episodes are the same: {what}; the policy, or whoever makes its "
+        "keys, must draw from a key per row"
+    )
+
+
+def check_reached(
+    experts: Mapping[Expert, Sequence[nn.Parameter]], pull: Mapping[str, Tensor]
+) -> None:
+    """Whether every expert that its advantages pull has a gradient, in an update in which no ratio
+    can be clipped; ``pull``: the advantages times the weight of the expert's loss.
+
+    Raises:
+        UserError: one has none.
+    """
+    for expert, parameters in experts.items():
+        reached = any(p.grad is not None and bool(p.grad.any()) for p in parameters)
+        if bool(pull[expert].any()) and not reached:
+            raise UserError(
+                f"no gradient reaches the {expert} expert, though its advantages are not all 0: "
+                f"its {len(parameters)} trainable tensors have no part in what the trainer "
+                "computes (an adapter that binds no module, a detached output?)"
+            )
+
+
+UNMOVED = {"float32": 1e-5, "bf16": 1e-2}  # relative rms by which two replays may differ
+
+
+def check_unmoved(was: Tensor, became: Tensor, precision: str) -> None:
+    """Whether the reference computes after an update what it did before.
+
+    Raises:
+        UserError: it does not.
+    """
+    moved = float((became - was).norm() / was.norm().clamp(min=1e-12))
+    if not moved <= UNMOVED[precision]:
+        raise UserError(
+            f"the reference moved with the first update, by {moved:.1e} of what it computes: it "
+            'shares weights with what is trained; what keep("reference") keeps must be a copy, or '
+            "what no optimizer touches"
+        )
+
+
 @contextmanager
 def memory(recipe: Recipe) -> Iterator[None]:
     """Around whatever takes memory by the row.
@@ -109,7 +194,8 @@ def memory(recipe: Recipe) -> Iterator[None]:
         if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
             raise
         raise UserError(
-            f"out of memory: lower compute.rollout_rows (now {recipe.compute.rollout_rows}) or "
+            f"out of memory: lower compute.rollout_rows (now {recipe.compute.rollout_rows}), "
+            "compute.rollout_images or "
             f"compute.replay_tokens (now {recipe.compute.replay_tokens}), which change no draw; "
             f"{' '.join(str(error).split())[:200]}"
         ) from error

@@ -6,19 +6,33 @@ trying it out makes the figures agree, not when it is merely possible.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from unigrpo_core.engine.trainset import TrainSet
+from unigrpo_core.engine.setup import Setup
+from unigrpo_core.engine.trainset import MicroBatch, TrainSet
 from unigrpo_core.records import Points
 
 # Relative to the step taken: up to here two means differ by rounding.
 ROUNDING = {"float32": 1e-4, "bf16": 3e-2}
 
 Velocities = Callable[[Points], Tensor]
+
+
+class Old(Protocol):
+    """The trainer's values of every context."""
+
+    @property
+    def logps(self) -> Tensor: ...  # [B, L]
+
+    @property
+    def guided(self) -> Tensor | None: ...  # [B, K, *]
+
 
 NOISE_FLOOR = (
     "everything agrees up to rounding, so the clip range is below the noise floor of this "
@@ -33,6 +47,37 @@ TWICE = (
     "range below the noise floor of this precision"
 )
 NOT_FINITE = "a stored latent, mean or velocity is not finite: the model has diverged"
+
+
+def causes(
+    problems: Collection[str],
+    setup: Setup,
+    data: TrainSet,
+    old: Old,
+    again: Callable[[MicroBatch, Points], Tensor],
+) -> list[str]:
+    """Why the trainer's values are not the sampler's, as far as can be told.
+
+    Args:
+        problems: what is beyond its limit: "text", "image", "twice".
+        old: the trainer's values of every context.
+        again: its velocities after guidance at other points of a micro-batch.
+    """
+    found = [text_cause(old.logps, data)] if "text" in problems else []
+    if "image" in problems and setup.training is not None and old.guided is not None:
+        cause, compute = NOISE_FLOOR, setup.recipe.compute
+        for batch in data.micro_batches(torch.arange(len(data.owner)), compute.replay_tokens):
+            points, v = data.part(batch), old.guided[batch.rows, batch.columns]
+            assert points is not None
+            ask = partial(again, batch)
+            cause = image_cause(points, v, setup.training.times, ask, compute.precision)
+            if cause != NOISE_FLOOR:
+                break
+        if not found or cause != NETWORK:  # images under other thoughts differ on their account
+            found.append(cause)
+    elif "twice" in problems:
+        found.append(TWICE)
+    return found
 
 
 def text_cause(logps: Tensor, data: TrainSet) -> str:
@@ -78,13 +123,13 @@ def image_cause(
     off = _miss(points, v) > close
     if not bool(off.any()):
         return NOISE_FLOOR
+    if _agrees(points, -v, close):
+        return "the sign of the velocity is flipped: it is v = noise - data"
     if _explained(points, v, off, close):
         return (
             "the velocities agree, but not what is made of them: the rollout's scheduler, noise "
             "level or step size is not the trainer's"
         )
-    if _agrees(points, -v, close):
-        return "the sign of the velocity is flipped: it is v = noise - data"
     if _agrees(points, again(replace(points, t=1 - points.t)), close):
         return "time is flipped: at 1 - t the trainer agrees (t = 1 is noise, t = 0 is data)"
     for neighbour, move in (("next", 1), ("previous", -1)):

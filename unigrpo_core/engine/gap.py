@@ -108,7 +108,7 @@ class Gap:
         bounds = [
             ("text", "mean |delta log p| of text", self.text_mean, TEXT_MEAN[self.precision]),
             ("text", "max |delta log p| of text", self.text_max, TEXT_MAX[self.precision]),
-            ("twice", "the trainer's own image log-ratio, twice", self.own_max, self.own_limit),
+            ("twice", "the trainer's own image log-ratio, twice,", self.own_max, self.own_limit),
         ]
         if self.precision == "float32":
             worst = ("image", "max |log-ratio| of images", self.image_max, self.image_limit)

@@ -7,20 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from unigrpo_core.engine.checks import check_finite, check_prompts, memory, training_prompts
+from unigrpo_core.engine.checks import check_prompts, memory
 from unigrpo_core.engine.clock import Clock
 from unigrpo_core.engine.evaluate import evaluate
 from unigrpo_core.engine.events import Log, events
+from unigrpo_core.engine.experience import gather
 from unigrpo_core.engine.folder import RunFolder, whole
-from unigrpo_core.engine.rollout import Plan, sample
-from unigrpo_core.engine.scoring import advantages, episodes, equal_groups, score
+from unigrpo_core.engine.scoring import equal_groups
 from unigrpo_core.engine.setup import Setup, build_setup
 from unigrpo_core.engine.sheet import Card, cards, write_sheet
-from unigrpo_core.engine.trainset import build_train_set
 from unigrpo_core.engine.update import Updater
-from unigrpo_core.keys import Key
 from unigrpo_core.recipe import Resolved
-from unigrpo_core.recipe.schema import EXPERT_OF
 from unigrpo_core.records import ImageSegment, Rollout, TextSegment
 
 
@@ -97,28 +94,14 @@ class Run:
 
     def _step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
         setup, recipe = self.setup, self.recipe
-        clock, key = Clock(setup.device), Key((recipe.seed, "train", step))
-        start = time.process_time()
-        prompts = training_prompts(setup, step)
-        trained: tuple[int, ...] = ()
-        if setup.window is not None and setup.training is not None:
-            trained = setup.window.steps(setup.training.steps, key.child("window"))
-        plan = Plan(recipe.group.fan_out, setup.training, trained)
-        rollout = sample(setup, prompts, plan, key.child("episode"), clock)
-        check_finite(rollout)
-        with clock.phase("reward"):
-            batch = episodes(rollout, f"{recipe.seed}/{step}")
-            scores = score(setup.rewards, batch, details=False)
+        clock, start = Clock(setup.device), time.process_time()
+        found = gather(setup, step, clock)
+        rollout, scores = found.rollout, found.scores
         with clock.phase("update"):
-            found = tuple(
-                advantages(setup, rollout, scores, level) if self._trains(level) else None
-                for level in range(len(rollout.segments))
-            )
-            data = build_train_set(setup, rollout, found, scores.total, key)
-            metrics = self.updater(data)
+            metrics = self.updater(found.data)
         metrics = {
             "reward": float(scores.total.double().mean()),
-            "reward_std": float(scores.total.view(len(prompts), -1).double().std(1).mean()),
+            "reward_std": float(scores.total.view(len(rollout.prompts), -1).double().std(1).mean()),
             **equal_groups(recipe, rollout, scores),
             **{
                 f"reward/{name}": float(values.double().mean())
@@ -129,9 +112,6 @@ class Run:
         }
         cpu = time.process_time() - start
         return metrics, {**{f"{k}_s": v for k, v in clock.phases.items()}, "cpu_s": cpu}
-
-    def _trains(self, level: int) -> bool:
-        return EXPERT_OF[self.recipe.episode[level]] in self.recipe.train
 
     def _evaluate(self, step: int, log: Log) -> None:
         recipe = self.recipe

@@ -308,8 +308,19 @@ def _check_policy(setup: Setup) -> None:
     if "draw" in recipe.episode:
         setup.image_policy.latent_shape(recipe.image.size)
     for expert in recipe.train:
-        if not any(p.requires_grad for p in experts.get(expert, {}).values()):
+        owned = {name: p for name, p in experts.get(expert, {}).items() if p.requires_grad}
+        if not owned:
             raise UserError(
                 f"train names {expert!r}, but that expert of policy {recipe.policy.use!r} has no "
                 "trainable parameter; check the policy's options"
             )
+        for name, p in owned.items():
+            if torch.finfo(p.dtype).eps > torch.finfo(torch.float32).eps:
+                rate = (recipe.text if expert == "text" else recipe.image).lr
+                least = torch.finfo(p.dtype).eps * float(p.detach().abs().float().mean())
+                raise UserError(
+                    f"the {expert} expert would train {name} in {p.dtype}, whose numbers there are "
+                    f"{least:.0e} apart, and a step of the learning rate {rate:.0e} "
+                    f"{'can get' if rate > least else 'gets'} lost between them; keep trainable "
+                    "weights in float32 (compute.precision says what is computed in)"
+                )

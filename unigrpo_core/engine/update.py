@@ -7,13 +7,15 @@ is clipped on its own, then one step.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from unigrpo_core.engine.diagnosis import NOISE_FLOOR, TWICE, image_cause, text_cause
+from unigrpo_core.engine.checks import check_reached, check_unmoved
+from unigrpo_core.engine.diagnosis import causes
 from unigrpo_core.engine.gap import Gap, finite
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.engine.trainset import MicroBatch, TrainSet
@@ -137,8 +139,26 @@ class Updater:
                 self._record(data, rows, kept.old, _Wanted(), gap)
         metrics: dict[str, float] = {}
         for number, rows in enumerate(shares):
+            first = self.updates == 0
             metrics = self._update(data, rows, kept, gap if number == 0 else None)
+            if first and reference is not None:
+                self._check_reference(data, reference)
         return {**gap.metrics(), **metrics}
+
+    def _check_reference(self, data: TrainSet, kept: Values) -> None:
+        """Whether the reference still computes what it did before the first update.
+
+        Raises:
+            UserError: it has moved with the weights.
+        """
+        everyone, recipe = torch.arange(len(data.owner)), self.setup.recipe
+        rows = next(data.micro_batches(everyone, recipe.compute.replay_tokens)).rows
+        now = Values.blank(data)
+        with self.setup.policy.weights("reference"):
+            self._record(data, rows, now, self.reference, None)
+        for was, became in ((kept.logps, now.logps), (kept.guided, now.guided)):
+            if was is not None and became is not None:
+                check_unmoved(was[rows], became[rows], recipe.compute.precision)
 
     @torch.no_grad()
     def _record(
@@ -167,6 +187,13 @@ class Updater:
                 guided = setup.training.guidance.combine(guided, replay.branches, points.t)
             v = Velocity(guided, replay.velocities)
         return (replay.logps if want_logps else None), v
+
+    @torch.no_grad()
+    def _guided(self, data: TrainSet, batch: MicroBatch, points: Points) -> Tensor:
+        """The trainer's velocities [B, K, *] at points of a micro-batch, after guidance."""
+        _, v = self._forward(data, batch, points, _Wanted(text=False))
+        assert v is not None
+        return v.guided
 
     def _measure(
         self,
@@ -210,40 +237,16 @@ class Updater:
         if gap is not None:
             problems = gap.problems()
             if problems:
-                raise gap.error(problems, self._causes(problems, data, rows, kept.old))
+                again = partial(self._guided, data)
+                raise gap.error(problems, causes(problems, setup, data, kept.old, again))
+            check_reached(
+                self.experts,
+                {
+                    "text": data.text_advantages[rows] * setup.recipe.text.weight,
+                    "image": data.image_advantages[rows] * setup.recipe.image.weight,
+                },
+            )
         return {**sums.metrics(), **self._step()}
-
-    @torch.no_grad()
-    def _causes(
-        self, problems: Collection[str], data: TrainSet, rows: Tensor, old: Values
-    ) -> list[str]:
-        """Why the trainer's values are not those of the sampler, as far as can be told."""
-        setup, causes = self.setup, []
-        if "text" in problems:
-            causes.append(text_cause(old.logps, data))
-        if "image" in problems and setup.training is not None:
-            for batch in data.micro_batches(
-                torch.arange(len(data.owner)), setup.recipe.compute.replay_tokens
-            ):
-                points = data.part(batch)
-                assert points is not None
-                assert old.guided is not None
-
-                def again(points: Points, batch: MicroBatch = batch) -> Tensor:
-                    _, v = self._forward(data, batch, points, _Wanted(text=False))
-                    assert v is not None
-                    return v.guided
-
-                v = old.guided[batch.rows, batch.columns]
-                cause = image_cause(
-                    points, v, setup.training.times, again, setup.recipe.compute.precision
-                )
-                if cause != NOISE_FLOOR:
-                    break
-            causes.append(cause)
-        elif "twice" in problems:
-            causes.append(TWICE)
-        return causes
 
     def _totals(self, data: TrainSet, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The sums of objective weights over the whole update."""
@@ -260,10 +263,8 @@ class Updater:
         self, gap: Gap, data: TrainSet, batch: MicroBatch, points: Points, v: Velocity
     ) -> None:
         assert self.setup.image_objective is not None
-        with torch.no_grad():
-            _, again = self._forward(data, batch, points, _Wanted(text=False))
-        assert again is not None
-        gap.own(self.setup.image_objective, points, v.guided.detach(), again.guided)
+        again = self._guided(data, batch, points)
+        gap.own(self.setup.image_objective, points, v.guided.detach(), again)
 
     def _text_loss(
         self,
