@@ -67,11 +67,12 @@ class Policy(ABC):
         """The unconditional contexts of ``history`` that guidance asks for, by name."""
 
     @abstractmethod
-    def prompt_tokens(self, prompt: Prompt) -> int:
+    def prompt_tokens(self, prompt: Prompt, thought: int = 0) -> int:
         """How many tokens the prompt's context takes.
 
         Raises:
-            UserError: the policy cannot take it; the message says why and counts.
+            UserError: the policy cannot take it, or not with a thought of ``thought`` tokens after
+                it; the message says why and counts.
         """
 
     @abstractmethod

@@ -35,10 +35,11 @@ def check_prompts(setup: Setup) -> list[str]:
     for step in range(1, 1 + min(recipe.steps, -(-LOOKED_AT // recipe.prompts))):
         prompts += training_prompts(setup, step)
     different = {prompt.text: prompt for prompt in reversed(prompts)}
+    thought = recipe.text.max_tokens if "think" in recipe.episode else 0
     refused: list[UserError] = []
     for prompt in reversed(different.values()):
         try:
-            setup.policy.prompt_tokens(prompt)
+            setup.policy.prompt_tokens(prompt, thought)
         except UserError as error:
             refused.append(error)
     if len(refused) > 1:

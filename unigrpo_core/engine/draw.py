@@ -44,7 +44,10 @@ def draw_samples(
     _check_place(out)
     prompt = Prompt("sample", text)
     setup = with_policy(resolved.recipe, Given(prompt), ())
-    setup.policy.prompt_tokens(prompt)
+    recipe = setup.recipe
+    setup.policy.prompt_tokens(
+        prompt, recipe.text.max_tokens if "think" in recipe.episode else 0
+    )
     fan_out = (count, *(1 for _ in resolved.recipe.episode[1:]))
     rollout = sample(setup, [prompt], Plan(fan_out, setup.evaluation), Key((seed, "sample")))
     check_finite(rollout)

@@ -80,6 +80,12 @@ class BagelConfig(BaseModel):
                 f"{folder} is no BAGEL checkpoint: it has no llm_config.json"
             ) from error
         except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or error.title}: {item['msg']}"
+                for item in error.errors(include_url=False)
+            )
+            raise UserError(f"{folder} is no BAGEL checkpoint: {problems}") from error
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{folder} is no BAGEL checkpoint: {error}") from error
         return cls(llm=llm, latent=extra.latent)
 

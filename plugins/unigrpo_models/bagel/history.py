@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -27,6 +28,12 @@ class BagelHistory(History):
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple(len(row) for row in self.ids)
+
+    @cached_property
+    def equals(self) -> tuple[int, ...]:
+        """For each row the first one with the same text."""
+        first = {text: row for row, text in reversed([*enumerate(self.ids)])}
+        return tuple(first[text] for text in self.ids)
 
     def rows(self, index: Tensor) -> Self:
         places = index.tolist()

@@ -206,18 +206,19 @@ class Layer(nn.Module):
         boundary: Tensor,
         latents: Tensor,
         cache: LayerCache,
+        owner: Tensor | None,
         padding: Tensor | None,
         *,
         frozen: bool,
         last: bool,
     ) -> tuple[Tensor, Tensor]:
         """Image blocks: boundary tokens [R, 2, D] (UND) and latents [R, N, D] (GEN) over themselves
-        and a text cache of C rows, which serve R / C blocks each. ``frozen`` cuts the gradient to
-        UND's weights; in the ``last`` layer the boundary tokens are only read from."""
+        and row ``owner`` [R] of a text cache (None: each its own row). ``frozen`` cuts the gradient
+        to UND's weights; in the ``last`` layer the boundary tokens are only read from."""
         attention = self.self_attn
         edge, inner = self.normed(boundary, UND, frozen), self.normed(latents, GEN)
         k, v = (
-            _seen(kept, *own)
+            torch.cat((kept if owner is None else kept[owner], *own), 2)
             for kept, *own in zip(
                 cache, attention.entry(edge, UND, frozen), attention.entry(inner, GEN), strict=True
             )
@@ -229,14 +230,6 @@ class Layer(nn.Module):
         attended = attend_all(q, k, v, padding)
         boundary = self.finish(boundary, attended[:, :, :2], UND, frozen)
         return boundary, self.finish(latents, attended[:, :, 2:], GEN)
-
-
-def _seen(kept: Tensor, *own: Tensor) -> Tensor:
-    """Keys (or values) of texts [C, Hk, L, d] before those of their blocks [R, Hk, N, d], R / C
-    blocks a text: [R, Hk, L + N, d]."""
-    if len(kept) != len(own[0]):
-        kept = kept.repeat_interleave(len(own[0]) // len(kept), 0)
-    return torch.cat((kept, *own), 2)
 
 
 class Transformer(nn.Module):
@@ -377,12 +370,13 @@ class BagelNetwork(nn.Module):
         position: Tensor,
         caches: list[LayerCache],
         padding: Tensor | None,
+        owner: Tensor | None = None,
         *,
         frozen: bool = False,
     ) -> Tensor:
-        """v = noise - data, float32 [R, N, token], for x_t [R, N, token] and t [R], over the text
-        caches of C rows that serve R / C images each, whose blocks stand at position [C].
-        ``frozen`` cuts the gradient to UND's weights and embeddings."""
+        """v = noise - data, float32 [R, N, token], for x_t [R, N, token] and t [R], each over row
+        ``owner`` [R] of the text caches (None: over its own row), whose blocks stand at
+        ``position`` [C]. ``frozen`` cuts the gradient to UND's weights and embeddings."""
         table = self.latent_pos_embed.pos_embed[table_rows]
         latents = self.vae2llm(x_t.to(self.vae2llm.weight.dtype))
         latents = latents + self.time_embedder(t)[:, None] + table
@@ -399,6 +393,7 @@ class BagelNetwork(nn.Module):
                 boundary,
                 latents,
                 (rope(k), v),
+                owner,
                 padding,
                 frozen=frozen,
                 last=layer is self.layers[-1],

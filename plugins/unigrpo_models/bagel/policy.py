@@ -93,8 +93,21 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
 
     # --- sampling -----------------------------------------------------------------------------
 
-    def prompt_tokens(self, prompt: Prompt) -> int:
-        return len(self.codec.context(prompt))
+    def prompt_tokens(self, prompt: Prompt, thought: int = 0) -> int:
+        tokens = len(self.codec.context(prompt))
+        if thought:
+            self._room(tokens, thought)
+        return tokens
+
+    def _room(self, tokens: int, thought: int) -> int:
+        """The slots that a text of so many tokens and a thought take, between [bos] and [eos]."""
+        room = tokens + thought + 2
+        if room > self.codec.max_length:
+            raise UserError(
+                f"a prompt of {tokens} tokens and a thought of {thought} take a context of {room}; "
+                f"the model's ends at {self.codec.max_length}: lower text.max_tokens"
+            )
+        return room
 
     @torch.inference_mode()
     def open(self, prompts: Sequence[Prompt]) -> BagelHistory:
@@ -124,13 +137,8 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         self, history: History, sampling: Sampling, keys: Sequence[Key]
     ) -> tuple[TextSegment, BagelHistory]:
         assert isinstance(history, BagelHistory)
-        limit, longest = sampling.max_tokens, max(history.lengths)
-        room = longest + limit + 2  # the thought between [bos] and [eos]
-        if room > self.codec.max_length:
-            raise UserError(
-                f"a prompt of {longest} tokens and a thought of {limit} take a context of {room}; "
-                f"the model's ends at {self.codec.max_length}: lower text.max_tokens"
-            )
+        limit = sampling.max_tokens
+        room = self._room(max(history.lengths), limit)
         uniform = uniforms([key.child("token") for key in keys], limit, self.place.device)
         grown = history.grown(room)
         with self._autocast():
@@ -159,7 +167,13 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         assert isinstance(history, BagelHistory)
         with self._autocast():
             return image_velocity(
-                self.network, self.codec, x_t, t, list(history.caches), list(history.lengths)
+                self.network,
+                self.codec,
+                x_t,
+                t,
+                list(history.caches),
+                list(history.lengths),
+                owner=history.equals,
             )
 
     @torch.inference_mode()
@@ -209,8 +223,8 @@ def read_weights(folder: Path, network: BagelNetwork, device: torch.device) -> d
         state = load_file(path, device=str(device))
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {WEIGHTS}") from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     _check(path, network, state)
     return {name: x.float() for name, x in state.items()}
 

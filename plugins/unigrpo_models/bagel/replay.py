@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +15,14 @@ from unigrpo_models.bagel.network import BagelNetwork, Before, LayerCache
 from unigrpo_models.bagel.tokens import Codec, empty_slots, pad, padding_mask
 from unigrpo_models.sampling import scaled_logits
 
+Ids = tuple[int, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class _Texts:
     """What was read: contexts and thoughts, or the thoughts after shared contexts."""
 
-    states: Tensor  # [B, L, D], final hidden states
+    states: Tensor | None  # [B, L, D], final hidden states of what may be predicted from
     starts: list[int]  # where in them each thought starts
     caches: list[LayerCache]  # of contexts and thoughts
     lengths: list[int]  # of both
@@ -42,51 +46,50 @@ class ReplayRoot(nn.Module):
     def forward(self, batch: ReplayBatch) -> Replay:
         device = batch.tokens.device
         with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
-            contexts = [self.codec.context(prompt) for prompt in batch.prompts]
-            thoughts = self.codec.thoughts(batch.tokens.tolist(), batch.mask.tolist())
-            texts = self._read(contexts, thoughts, batch.want_logps)
-            logps = self._logps(batch, texts)
+            contexts = [tuple(self.codec.context(prompt)) for prompt in batch.prompts]
+            written = self.codec.thoughts(batch.tokens.tolist(), batch.mask.tolist())
+            rows = [*zip(contexts, map(tuple, written), strict=True)]
+            texts = self._read(list(dict.fromkeys(rows)), batch.want_logps)
+            owner = index_of(rows)
+            logps = self._logps(batch, texts, owner)
             if batch.x_t is None or batch.t is None:
                 return Replay(logps, None, {})
-            velocities = self._velocities(batch, texts.caches, texts.lengths, texts.hidden)
+            velocities = self._velocities(batch, texts, owner)
             branches = {name: self._branch(batch, name) for name in batch.branches}
         return Replay(logps, velocities, branches)
 
-    def _read(
-        self, contexts: list[list[int]], thoughts: list[list[int]], want_states: bool
-    ) -> _Texts:
-        """Contexts with their thoughts. In float32 a context that several thoughts share is
-        computed once; in a coarser type every text is one causal pass, as in sampling."""
+    def _read(self, rows: Sequence[tuple[Ids, Ids]], want_states: bool) -> _Texts:
+        """Different contexts with their thoughts. In float32 a context that several thoughts share
+        is computed once; in a coarser type every text is one causal pass, as in sampling."""
         network, eos, device = self.network, self.codec.eos, self.device
-        lengths = [len(a) + len(b) for a, b in zip(contexts, thoughts, strict=True)]
+        contexts, thoughts = [row[0] for row in rows], [row[1] for row in rows]
+        lengths = [len(context) + len(thought) for context, thought in rows]
         if self.compute != torch.float32 or not any(thoughts):
-            rows = [[*a, *b] for a, b in zip(contexts, thoughts, strict=True)]
-            ids = pad(rows, eos, device)
+            ids = pad([context + thought for context, thought in rows], eos, device)
             states, caches = network.text(ids, want_hidden=want_states)
             starts = [len(context) for context in contexts]
             return _Texts(states, starts, caches, lengths, empty_slots(lengths, ids.shape[1]))
-        unique = list(dict.fromkeys(map(tuple, contexts)))
-        number = {context: row for row, context in enumerate(unique)}
-        index = torch.tensor([number[tuple(context)] for context in contexts], device=device)
-        ids = pad(unique, eos, device)
-        _, shared = network.text(ids, want_hidden=False)
+        shared, index = list(dict.fromkeys(contexts)), index_of(contexts)
+        ids = pad(shared, eos, device)
+        _, caches = network.text(ids, want_hidden=False)
         sizes = [len(context) for context in contexts]
         hidden = empty_slots(sizes, ids.shape[1])
         before = Before(
-            [(k[index], v[index]) for k, v in shared],
+            [(k[index], v[index]) for k, v in caches],
             torch.tensor(sizes, device=device),
             hidden.to(device),
         )
         ids = pad(thoughts, eos, device)
         states, caches = network.text(ids, before, want_hidden=want_states)
         own = empty_slots([len(thought) for thought in thoughts], ids.shape[1])
-        return _Texts(states, [0] * len(contexts), caches, lengths, torch.cat((hidden, own), 1))
+        return _Texts(states, [0] * len(rows), caches, lengths, torch.cat((hidden, own), 1))
 
-    def _logps(self, batch: ReplayBatch, texts: _Texts) -> Tensor:
+    def _logps(self, batch: ReplayBatch, texts: _Texts, owner: list[int]) -> Tensor:
         if not batch.want_logps:
             return torch.zeros(batch.tokens.shape, device=batch.tokens.device)
         # Token j of a thought is predicted at the place before it; [bos] stands at its start.
         hidden = texts.states
+        assert hidden is not None
         place = torch.tensor(texts.starts)[:, None] + torch.arange(batch.tokens.shape[1])
         place = place.clamp(max=hidden.shape[1] - 1).to(hidden.device)
         hidden = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
@@ -95,20 +98,16 @@ class ReplayRoot(nn.Module):
             self.codec.allowed(hidden.device),
             batch.temperature,
         )
+        logits = logits[owner]
         tokens = batch.tokens.masked_fill(~batch.mask, self.codec.eos)
         chosen = logits.gather(2, tokens[..., None])[..., 0]
         logps = chosen - logits.logsumexp(2)
         return torch.where(batch.mask, logps, 0.0)
 
-    def _velocities(
-        self,
-        batch: ReplayBatch,
-        caches: list[LayerCache],
-        lengths: list[int],
-        hidden: Tensor | None = None,
-    ) -> Tensor:
+    def _velocities(self, batch: ReplayBatch, texts: _Texts, owner: list[int]) -> Tensor:
         assert batch.x_t is not None
         assert batch.t is not None
+        caches = texts.caches
         if not batch.context_gradient:
             caches = [(k.detach(), v.detach()) for k, v in caches]
         v = image_velocity(
@@ -117,8 +116,9 @@ class ReplayRoot(nn.Module):
             batch.x_t.flatten(0, 1),
             batch.t.flatten(),
             caches,
-            lengths,
-            hidden,
+            texts.lengths,
+            texts.hidden,
+            [row for row in owner for _ in range(batch.x_t.shape[1])],
             frozen=not batch.context_gradient,
         )
         return v.view(batch.x_t.shape)
@@ -126,14 +126,13 @@ class ReplayRoot(nn.Module):
     def _branch(self, batch: ReplayBatch, name: str) -> Tensor:
         """Velocities over the unconditional context: the system prompt alone."""
         assert name == "text", name
-        rows, device, system = len(batch.prompts), batch.tokens.device, self.codec.system
+        system, rows = self.codec.system, len(batch.prompts)
         if system:
-            _, caches = self.network.text(
-                torch.tensor([system] * rows, device=device), want_hidden=False
-            )
+            texts = self._read([(system, ())], want_states=False)
         else:
-            caches = list(empty_history(self.network.config.llm, rows, device).caches)
-        return self._velocities(batch, caches, [len(system)] * rows)
+            nothing = empty_history(self.network.config.llm, 1, self.device)
+            texts = _Texts(None, [0], list(nothing.caches), [0], empty_slots([0], 0))
+        return self._velocities(batch, texts, [0] * rows)
 
 
 def image_velocity(
@@ -144,18 +143,27 @@ def image_velocity(
     caches: list[LayerCache],
     lengths: list[int],
     hidden: Tensor | None = None,
+    owner: Sequence[int] | None = None,
     *,
     frozen: bool = False,
 ) -> Tensor:
-    """Velocities [R, h, w, token] over the caches of C texts of the given lengths, which serve
-    R / C images each: what the sampler and the trainer both call. ``hidden`` bool [C, L]: the slots
-    that hold nothing; by default those from each length on."""
+    """Velocities [R, h, w, token] over texts, given by their caches and lengths: what the sampler
+    and the trainer both call.
+
+    Args:
+        hidden: bool [C, L], the slots of the caches that hold nothing; by default those from each
+            text's length on.
+        owner: the text of each image; by default image r has text r.
+    """
     device, (height, width) = x_t.device, x_t.shape[1:3]
     if hidden is None:
         hidden = empty_slots(lengths, caches[0][0].shape[2])
-    padding = padding_mask(hidden, height * width + 2, device)
-    if padding is not None:
-        padding = padding.repeat_interleave(len(x_t) // len(lengths), 0)
+    if owner is None:
+        owner = range(len(x_t))
+    first, index = equal_images(owner, x_t, t)
+    if len(first) < len(index):
+        x_t, t, owner = x_t[first], t[first], [owner[row] for row in first]
+    rows = None if list(owner) == list(range(len(lengths))) else list(owner)
     v = network.velocity(
         x_t.flatten(1, 2),
         t,
@@ -163,7 +171,34 @@ def image_velocity(
         torch.tensor([[codec.image_start, codec.image_end]], device=device),
         torch.tensor(lengths, device=device),
         caches,
-        padding,
+        padding_mask(hidden if rows is None else hidden[rows], height * width + 2, device),
+        None if rows is None else torch.tensor(rows, device=device),
         frozen=frozen,
-    )
-    return v.view(x_t.shape)
+    ).view(x_t.shape)
+    return v if len(first) == len(index) else v[index]
+
+
+def equal_images(owner: Sequence[int], x_t: Tensor, t: Tensor) -> tuple[list[int], list[int]]:
+    """A row of every different (text, time, latents), and for each row which of these it is.
+
+    Thoughts that say the same of one prompt have the same image up to the first noise of their own:
+    a policy that has learned says the same often. Latents are compared on a CPU only, where that
+    is cheap.
+    """
+    if x_t.device.type != "cpu":
+        return list(range(len(x_t))), list(range(len(x_t)))
+    places = list(zip(owner, t.tolist(), strict=True))
+    often = Counter(places)
+    rows = [
+        (place, x.numpy().tobytes() if often[place] > 1 else b"")
+        for place, x in zip(places, x_t.detach(), strict=True)
+    ]
+    index = index_of(rows)
+    first = {number: row for row, number in reversed([*enumerate(index)])}
+    return [first[number] for number in range(len(first))], index
+
+
+def index_of(rows: Sequence[Hashable]) -> list[int]:
+    """The number of each row among the different ones, in the order in which they come."""
+    number = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+    return [number[row] for row in rows]
