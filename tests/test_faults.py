@@ -7,13 +7,14 @@ import pytest
 import torch
 import unigrpo_models.bagel.policy as bagel
 from tiny import Silent, image_of, recipe, recipe_file, text_of, with_segment
+from unigrpo_board.prompts import BoardPrompts
 from unigrpo_models.weights import WeightSets
 
 from unigrpo_core import cli
 from unigrpo_core.engine import experience, loop, rollout
 from unigrpo_core.engine.diagnosis import NETWORK
 from unigrpo_core.engine.selfcheck import self_check
-from unigrpo_core.errors import UserError
+from unigrpo_core.errors import PluginError, UserError
 
 ALONE = ("train=['image']", "episode=['draw']", "group.fan_out=[3]")
 
@@ -222,6 +223,17 @@ def test_noise_shared_across_episodes(stopped, monkeypatch):
     )
     said = stopped(*ALONE)
     assert "the draws of different episodes are the same: images 0 and 1 got the same noise" in said
+
+
+def test_a_source_that_repeats_an_id(tmp_path, checkpoint, monkeypatch):
+    original = BoardPrompts.train
+
+    def train(self, seed, start, count):
+        return tuple(replace(prompt, id="same") for prompt in original(self, seed, start, count))
+
+    monkeypatch.setattr(BoardPrompts, "train", train)
+    with pytest.raises(PluginError, match="returned the prompt id 'same' more than once for step"):
+        loop.Run(recipe(tmp_path, checkpoint), tmp_path / "run", Silent())
 
 
 def test_uniforms_shared_across_episodes(stopped, monkeypatch):

@@ -192,6 +192,11 @@ DAMAGE = [
 ]
 CONFIGURATION = [
     pytest.param(no_json("config.json"), ("is no BAGEL checkpoint",), id="config-is-no-json"),
+    pytest.param(
+        lambda folder: (folder / "llm_config.json").write_bytes(b"\xff\xfe{"),
+        ("is no BAGEL checkpoint: 'utf-8' codec can't decode",),
+        id="llm_config-no-utf-8",
+    ),
     pytest.param(no_json("llm_config.json"), ("is no BAGEL checkpoint",), id="llm_config-no-json"),
     pytest.param(without("llm_config.json"), ("has no llm_config.json",), id="no-llm_config"),
     pytest.param(no_json("tokenizer.json"), ("has no tokenizer that loads",), id="tokenizer-no-js"),
@@ -223,8 +228,8 @@ def test_a_damaged_start(run, tmp_path, checkpoint, out, damage, told):
 def test_a_start_that_cannot_be_read(run, tmp_path, out):
     (tmp_path / "first/final/ema.safetensors").mkdir(parents=True)
     code, err = run(f"start={tmp_path}/first")
-    assert code == 3
-    assert err.startswith(f"policy 'bagel' of unigrpo 0.1.0 cannot load {tmp_path}/first/final: OS")
+    assert code == 1
+    assert err.startswith(f"{tmp_path}/first/final/ema.safetensors cannot be read: ")
     assert not out.exists()
 
 
@@ -305,8 +310,8 @@ def test_fewer_prompts_held_out_than_asked_for_is_a_note(unigrpo, tmp_path, chec
     argv = ("run", tiny.recipe_file(tmp_path, checkpoint), "--out", out, "--set", source)
     code, said, err = unigrpo(*argv, "--set", "steps=0", "--set", "train=[]")
     assert (code, err) == (0, "")
-    note = "note: prompts 'file' of unigrpo 0.1.0 holds 2 prompts out, so no evaluation has 4"
-    assert said.splitlines()[0] == note
+    note = "note: prompts 'file' of unigrpo 0.1.0 holds 2 prompts out, and evaluation.final_prompts"
+    assert said.splitlines()[0] == f"{note} asks for 4"
 
 
 def test_a_thought_that_does_not_fit_behind_its_prompt(run):

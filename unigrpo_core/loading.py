@@ -195,7 +195,11 @@ class PluginFile:
         spec.has_location = True
         module = module_from_spec(spec)
         sys.modules[name] = module  # where annotations are looked up
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
         return module
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+EXACT = (torch.float32, torch.float64)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis of x [..., width], computed in float32 and returned in
@@ -20,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
         weight = self.weight.detach() if frozen else self.weight
-        if x.device.type == "cpu" and x.dtype == weight.dtype:
+        if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in EXACT:
             y: Tensor = _OnCPU.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
             return y
         return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * weight.to(x.dtype)

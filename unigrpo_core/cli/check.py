@@ -1,4 +1,5 @@
-"""``unigrpo check``: is a recipe right, and what should its user know? Loads no model."""
+"""``unigrpo check``: is a recipe right, and what should its user know? Loads no model without
+``--run``."""
 
 from __future__ import annotations
 
@@ -57,8 +58,7 @@ def check(arguments: argparse.Namespace) -> int:
         reports.append(report)
     if arguments.json:
         print(as_json([report.as_json() for report in reports]))
-    codes = {report.code for report in reports} - {0}
-    return min(codes, default=0)
+    return max((report.code for report in reports), default=0)
 
 
 def _run(report: Report, resolved: Resolved, *, quiet: bool) -> Report:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from unigrpo_core.engine.faults import PASSED, no_memory
 from unigrpo_core.engine.gap import finite
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.interfaces import PromptSource
+from unigrpo_core.loading import said
 from unigrpo_core.recipe import Recipe
 from unigrpo_core.recipe.schema import Expert
 from unigrpo_core.records import ImageSegment, Prompt, Rollout, TextSegment
@@ -51,7 +54,9 @@ def check_prompts(setup: Setup) -> list[str]:
         raise refused[0]
     if fewer is None:
         return []
-    return [f"{recipe.source.who} holds {fewer} prompts out, so no evaluation has {wanted}"]
+    only = "1 prompt" if fewer == 1 else f"{fewer} prompts"
+    key = "final_prompts" if options.final_prompts == wanted else "prompts"
+    return [f"{recipe.source.who} holds {only} out, and evaluation.{key} asks for {wanted}"]
 
 
 def training_prompts(setup: Setup, step: int) -> tuple[Prompt, ...]:
@@ -63,6 +68,12 @@ def training_prompts(setup: Setup, step: int) -> tuple[Prompt, ...]:
     recipe = setup.recipe
     start = (step - 1) * recipe.prompts
     prompts = _asked(setup, lambda s: s.train(recipe.seed, start, recipe.prompts))
+    twice = [ident for ident, count in Counter(p.id for p in prompts).items() if count > 1]
+    if twice:
+        raise PluginError(
+            f"{recipe.source.who} returned the prompt id {twice[0]!r} more than once for step "
+            f"{step}; ids are what draws are keyed by, so each must be unique in the stream"
+        )
     if len(prompts) != recipe.prompts:
         raise PluginError(
             f"{recipe.source.who} returned {len(prompts)} prompts for step {step}, "
@@ -77,11 +88,10 @@ def _asked(
     """What the source answers; a failure is its plugin's."""
     try:
         return question(setup.source)
-    except UserError:
+    except PASSED:
         raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise PluginError(f"{setup.recipe.source.who} failed: {why}") from error
+    except BaseException as error:
+        raise PluginError(f"{setup.recipe.source.who} failed: {said(error)}") from error
 
 
 def check_finite(rollout: Rollout) -> None:
@@ -98,7 +108,7 @@ def check_finite(rollout: Rollout) -> None:
             finite("the model has diverged: a decoded image", segment.images)
 
 
-ALIKE = 0.9  # correlation of two noises; of independent ones it is near 0
+SAME = 1e-3  # relative distance of two noises that are one up to rounding
 CHANCE = -30.0  # log of the probability that thoughts are alike by chance
 NOISES = 4096  # elements that are compared
 
@@ -113,28 +123,31 @@ def check_draws(rollout: Rollout) -> None:
     for level, segment in enumerate(rollout.segments):
         if isinstance(segment, ImageSegment):
             for step in range(segment.x_t.shape[1]):
-                noise = (segment.x_next - segment.old_mean)[:, step].flatten(1)[:, :NOISES].float()
+                noise = (segment.x_next - segment.old_mean)[:, step].flatten(1)[:, :NOISES].double()
                 noise = noise / noise.norm(dim=1, keepdim=True)
-                alike = ((noise @ noise.T).triu(1) > ALIKE).nonzero().tolist()
-                if alike:
-                    raise UserError(
-                        _shared(f"images {alike[0][0]} and {alike[0][1]} got the same noise")
-                    )
+                same = (torch.cdist(noise, noise) < SAME).triu(1).nonzero().tolist()
+                if same:
+                    one, other = same[0]
+                    raise UserError(_shared(f"images {one} and {other} got the same noise"))
         elif isinstance(segment, TextSegment):
-            families: dict[int, list[int]] = {}
-            for row, parent in enumerate(rollout.parents[level].tolist()):
-                families.setdefault(parent, []).append(row)
-            groups = [rows for rows in families.values() if len(rows) > 1]
-            if any(len({segment.texts[row] for row in rows}) > 1 for rows in groups):
-                continue
-            sums = segment.logps.sum(1)
-            chance = sum(float(sums[row]) for rows in groups for row in rows[1:])
-            if chance < CHANCE:
-                raise UserError(
-                    _shared(
-                        f"all thoughts of a prompt are alike, by chance 1 time in e^{-chance:.0f}"
-                    )
-                )
+            _check_thoughts(segment, rollout.parents[level].tolist())
+
+
+def _check_thoughts(segment: TextSegment, parents: list[int]) -> None:
+    said = [
+        tuple(tokens[mask].tolist())
+        for tokens, mask in zip(segment.tokens, segment.mask, strict=True)
+    ]
+    families: dict[int, list[int]] = {}
+    for row, parent in enumerate(parents):
+        families.setdefault(parent, []).append(row)
+    if any(len({said[row] for row in rows}) > 1 for rows in families.values()):
+        return
+    sums = (segment.logps * segment.mask).sum(1)
+    chance = sum(float(sums[row]) for rows in families.values() for row in rows[1:])
+    if chance < CHANCE:
+        odds = f"by chance 1 time in e^{-chance:.0f}"
+        raise UserError(_shared(f"all thoughts of a prompt are alike, {odds}"))
 
 
 def _shared(what: str) -> str:
@@ -159,7 +172,8 @@ def check_reached(
             raise UserError(
                 f"no gradient reaches the {expert} expert, though its advantages are not all 0: "
                 f"its {len(parameters)} trainable tensors have no part in what the trainer "
-                "computes (an adapter that binds no module, a detached output?)"
+                "computes (an adapter that binds no module, a detached output?), or it is so sure "
+                "that every probability is 1"
             )
 
 
@@ -172,7 +186,8 @@ def check_unmoved(was: Tensor, became: Tensor, precision: str) -> None:
     Raises:
         UserError: it does not.
     """
-    moved = float((became - was).norm() / was.norm().clamp(min=1e-12))
+    floor = 1e-3 * was.numel() ** 0.5  # of values that are all near 0, differences are rounding
+    moved = float((became - was).norm() / was.norm().clamp(min=floor))
     if not moved <= UNMOVED[precision]:
         raise UserError(
             f"the reference moved with the first update, by {moved:.1e} of what it computes: it "
@@ -191,8 +206,7 @@ def memory(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        kinds = (MemoryError, torch.OutOfMemoryError)
-        if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
+        if not no_memory(error):
             raise
         raise UserError(
             f"out of memory: lower compute.rollout_rows (now {recipe.compute.rollout_rows}), "

@@ -45,9 +45,7 @@ def draw_samples(
     prompt = Prompt("sample", text)
     setup = with_policy(resolved.recipe, Given(prompt), ())
     recipe = setup.recipe
-    setup.policy.prompt_tokens(
-        prompt, recipe.text.max_tokens if "think" in recipe.episode else 0
-    )
+    setup.policy.prompt_tokens(prompt, recipe.text.max_tokens if "think" in recipe.episode else 0)
     fan_out = (count, *(1 for _ in resolved.recipe.episode[1:]))
     rollout = sample(setup, [prompt], Plan(fan_out, setup.evaluation), Key((seed, "sample")))
     check_finite(rollout)

@@ -52,7 +52,8 @@ def _told_once() -> Iterator[None]:
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
-        if not issubclass(arguments.exc_type, OSError):
+        name = "" if arguments.thread is None else type(arguments.thread).__module__
+        if not (issubclass(arguments.exc_type, OSError) and name.startswith("tensorboard")):
             before(arguments)
 
     threading.excepthook = hook

@@ -116,14 +116,14 @@ class RunFolder:
             partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     def append(self, name: str, data: Mapping[str, Any]) -> None:
-        """Appends one line of JSON, whole or not at all; it is on disk when this returns."""
+        """Appends one line of JSON, whole or not at all; it is written when this returns."""
         target = self.path / name
         with writing(target):
             size = target.stat().st_size if target.exists() else 0
             try:
                 with target.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(data) + "\n")
-            except OSError:
+            except BaseException:
                 with suppress(OSError):
                     os.truncate(target, size)
                 raise

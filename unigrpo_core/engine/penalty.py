@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from unigrpo_core.errors import PluginError, UserError
+from unigrpo_core.engine.faults import PASSED, no_memory
+from unigrpo_core.errors import PluginError
 from unigrpo_core.loading import said
 from unigrpo_core.records import FlowStep, TokenStep
 
@@ -21,9 +22,11 @@ def checked(who: str, penalty: Callable[[Step], Tensor]) -> Callable[[Step], Ten
     def call(step: Step) -> Tensor:
         try:
             values = penalty(step)
-        except (UserError, KeyboardInterrupt):
+        except PASSED:
             raise
         except BaseException as error:
+            if no_memory(error):
+                raise
             raise PluginError(f"{who} failed: {said(error)}") from error
         want = step.t.shape if isinstance(step, FlowStep) else step.logps.shape
         if not (isinstance(values, Tensor) and values.is_floating_point() and values.shape == want):

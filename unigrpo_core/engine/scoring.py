@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from unigrpo_core.engine.faults import PASSED, no_memory
 from unigrpo_core.engine.setup import NamedReward, Setup
-from unigrpo_core.errors import PluginError, UserError
+from unigrpo_core.errors import PluginError
 from unigrpo_core.loading import said
 from unigrpo_core.recipe import Recipe
 from unigrpo_core.recipe.schema import EXPERT_OF
@@ -70,8 +71,8 @@ def score(rewards: tuple[NamedReward, ...], batch: RewardBatch, *, details: bool
         columns.append(_column(item, batch))
         if details:
             for name, values in _call(item, item.reward.details, batch).items():
-                said = f"reward {item.name!r} of {item.origin} returned for detail {name!r}"
-                further[f"{item.name}/{name}"] = _floats(said, values, batch)
+                who = f"reward {item.name!r} of {item.origin} returned for detail {name!r}"
+                further[f"{item.name}/{name}"] = _floats(who, values, batch)
     weights = torch.tensor(
         [item.weight if item.reward.higher_is_better else -item.weight for item in rewards]
     )
@@ -81,34 +82,36 @@ def score(rewards: tuple[NamedReward, ...], batch: RewardBatch, *, details: bool
 def _call(item: NamedReward, method: Callable[[RewardBatch], T], batch: RewardBatch) -> T:
     try:
         return method(batch)
-    except (UserError, KeyboardInterrupt):
+    except PASSED:
         raise
     except BaseException as error:
+        if no_memory(error):
+            raise
         raise PluginError(f"reward {item.name!r} of {item.origin} failed: {said(error)}") from error
 
 
 def _column(item: NamedReward, batch: RewardBatch) -> Tensor:
-    said = f"reward {item.name!r} of {item.origin} returned"
-    values = _floats(said, _call(item, item.reward.score, batch), batch)
+    who = f"reward {item.name!r} of {item.origin} returned"
+    values = _floats(who, _call(item, item.reward.score, batch), batch)
     low, high = item.reward.range
     outside = values[(values < low - 1e-5) | (values > high + 1e-5)]
     if len(outside):
-        raise PluginError(f"{said} {outside[0].item():.4g}, outside of its range [{low}, {high}]")
+        raise PluginError(f"{who} {outside[0].item():.4g}, outside of its range [{low}, {high}]")
     return values
 
 
-def _floats(said: str, values: object, batch: RewardBatch) -> Tensor:
-    """What a reward returned as float32 [B] on the CPU; ``said`` begins the message if it is not
+def _floats(who: str, values: object, batch: RewardBatch) -> Tensor:
+    """What a reward returned as float32 [B] on the CPU; ``who`` begins the message if it is not
     one finite number per episode."""
     if not isinstance(values, Tensor) or values.shape != (len(batch),):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise PluginError(f"{said} {got}, expected a float tensor of ({len(batch)},)")
+        raise PluginError(f"{who} {got}, expected a float tensor of ({len(batch)},)")
     values = values.detach().float().cpu()
     bad = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
     if bad:
         prompt = batch.prompts[bad[0]]
         raise PluginError(
-            f"{said} {values[bad[0]].item()} for {len(bad)} of {len(batch)} episodes, "
+            f"{who} {values[bad[0]].item()} for {len(bad)} of {len(batch)} episodes, "
             f"first for prompt {prompt.id!r}: {prompt.text[:80]!r}"
         )
     return values

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from unigrpo_core.engine.allocator import keep_freed_memory
+from unigrpo_core.engine.faults import PASSED
 from unigrpo_core.engine.penalty import checked
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.interfaces import (
@@ -27,6 +28,7 @@ from unigrpo_core.interfaces import (
     TokenRegularizer,
     Window,
 )
+from unigrpo_core.loading import said
 from unigrpo_core.plugin import Placement
 from unigrpo_core.recipe import Recipe, Resolved
 from unigrpo_core.recipe.schema import SchedulerSlot, Slot
@@ -242,11 +244,10 @@ def _load(recipe: Recipe, policy: Policy, folder: Path) -> None:
     """Continues from another run's weights, which may be damaged in ways of their own."""
     try:
         policy.load(folder)
-    except UserError:
+    except PASSED:
         raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise PluginError(f"{recipe.policy.who} cannot load {folder}: {why}") from error
+    except BaseException as error:
+        raise PluginError(f"{recipe.policy.who} cannot load {folder}: {said(error)}") from error
 
 
 def _rewards(recipe: Recipe) -> tuple[NamedReward, ...]:

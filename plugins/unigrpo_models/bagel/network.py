@@ -318,8 +318,8 @@ class BagelNetwork(nn.Module):
 
     def text(
         self, ids: Tensor, before: Before | None = None, *, want_hidden: bool = True
-    ) -> tuple[Tensor, list[LayerCache]]:
-        """Final hidden states [R, L, D] (unless not wanted) and cache of right-padded ids [R, L],
+    ) -> tuple[Tensor | None, list[LayerCache]]:
+        """Final hidden states [R, L, D] (None if not wanted) and cache of right-padded ids [R, L],
         from an empty context or after other text, whose slots come first in the cache."""
         x = self.embed(ids)
         places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
@@ -338,8 +338,7 @@ class BagelNetwork(nn.Module):
             kept = None if before is None else before.caches[number]
             x, cache = layer.text(x, rope, kept, mask, want_x=wanted)
             caches.append(cache)
-        hidden: Tensor = self.transformer.norm(x)
-        return hidden, caches
+        return (self.transformer.norm(x) if want_hidden else None), caches
 
     def step(
         self, ids: Tensor, positions: Tensor, caches: list[LayerCache], padding: Tensor

@@ -223,7 +223,9 @@ def read_weights(folder: Path, network: BagelNetwork, device: torch.device) -> d
         state = load_file(path, device=str(device))
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {WEIGHTS}") from error
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     _check(path, network, state)
     return {name: x.float() for name, x in state.items()}

@@ -98,11 +98,11 @@ class ReplayRoot(nn.Module):
             self.codec.allowed(hidden.device),
             batch.temperature,
         )
-        logits = logits[owner]
         tokens = batch.tokens.masked_fill(~batch.mask, self.codec.eos)
-        chosen = logits.gather(2, tokens[..., None])[..., 0]
-        logps = chosen - logits.logsumexp(2)
-        return torch.where(batch.mask, logps, 0.0)
+        first = {text: row for row, text in reversed([*enumerate(owner)])}
+        unique = tokens[[first[text] for text in range(len(first))]]
+        logps = logits.gather(2, unique[..., None])[..., 0] - logits.logsumexp(2)
+        return torch.where(batch.mask, logps[owner], 0.0)
 
     def _velocities(self, batch: ReplayBatch, texts: _Texts, owner: list[int]) -> Tensor:
         assert batch.x_t is not None
