@@ -314,11 +314,12 @@ def test_fewer_prompts_held_out_than_asked_for_is_a_note(unigrpo, tmp_path, chec
     assert said.splitlines()[0] == f"{note} asks for 4"
 
 
-def test_a_thought_that_does_not_fit_behind_its_prompt(run):
+def test_a_thought_that_does_not_fit_behind_its_prompt(run, out):
     code, err = run("text.max_tokens=100")
     assert code == 1
     assert "and a thought of 100 take a context of 1" in err
     assert "the model's ends at 64: lower text.max_tokens" in err
+    assert not out.exists()
 
 
 def test_a_source_that_fails_is_named(run, out, monkeypatch):
