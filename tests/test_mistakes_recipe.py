@@ -276,7 +276,7 @@ RULES = [
     case(
         "nothing-trained",
         "train = []",
-        "mine.toml:2: train: names no expert, so the 60 steps would train nothing (steps = 0?)",
+        "mine.toml:2: train: names no expert, so the 48 steps would train nothing (steps = 0?)",
     ),
     case(
         "start-without-weights",

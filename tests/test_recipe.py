@@ -13,6 +13,7 @@ from unigrpo_core.recipe import (
     find_recipe,
     load_recipe,
     shipped,
+    shipped_titles,
     slots,
 )
 
@@ -354,7 +355,7 @@ def test_a_word_that_names_no_file(shipped_folder, word):
 
 
 def test_the_listing(shipped_folder):
-    titles = shipped.shipped_titles()
+    titles = shipped_titles()
     assert list(titles) == ["bad", "no_cfg_mse", "sub/other", "with.dots"]
     assert titles["sub/other"] == "about sub/other"
     assert titles["bad"].startswith("broken: ")

@@ -58,7 +58,7 @@ def check(arguments: argparse.Namespace) -> int:
         reports.append(report)
     if arguments.json:
         print(as_json([report.as_json() for report in reports]))
-    return max((report.code for report in reports), default=0)
+    return min({report.code for report in reports} - {0}, default=0)
 
 
 def _run(report: Report, resolved: Resolved, *, quiet: bool) -> Report:
@@ -73,7 +73,7 @@ def _run(report: Report, resolved: Resolved, *, quiet: bool) -> Report:
             if item.change and not item.ok:
                 print(f"        change {item.change}")
     codes = [item.code for item in found if not item.ok]
-    return replace(report, code=max(codes, default=0), found=tuple(found))
+    return replace(report, code=min(codes, default=0), found=tuple(found))
 
 
 @dataclass(frozen=True)

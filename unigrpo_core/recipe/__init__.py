@@ -3,9 +3,9 @@
 from unigrpo_core.recipe.beside import with_plugin_file
 from unigrpo_core.recipe.emit import inline as toml_value
 from unigrpo_core.recipe.problems import Origin, Problem, RecipeError, did_you_mean
-from unigrpo_core.recipe.resolve import Resolved, difference, load_recipe
+from unigrpo_core.recipe.resolve import Resolved, difference, load_recipe, shipped_titles
 from unigrpo_core.recipe.schema import Recipe, slots
-from unigrpo_core.recipe.shipped import find_recipe, shipped_recipes, shipped_titles
+from unigrpo_core.recipe.shipped import find_recipe, shipped_recipes
 
 __all__ = [
     "Origin",

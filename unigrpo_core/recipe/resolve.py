@@ -18,6 +18,7 @@ from unigrpo_core.recipe.positions import KeyPath
 from unigrpo_core.recipe.problems import Origin, Problem, RecipeError
 from unigrpo_core.recipe.rules import broken_rules
 from unigrpo_core.recipe.schema import Recipe, slots
+from unigrpo_core.recipe.shipped import shipped_file, shipped_names
 from unigrpo_core.recipe.source import SET, Node, dotted, read_tree
 from unigrpo_core.recipe.validate import validate
 
@@ -131,3 +132,15 @@ def _origin(tree: Node, path: KeyPath) -> Origin | Literal["default", "--set"]:
     if found != path:
         return "default"
     return "--set" if node.origin == SET else node.origin
+
+
+def shipped_titles() -> dict[str, str]:
+    """The title of each shipped recipe by its name; of one that cannot be read, why."""
+    titles: dict[str, str] = {}
+    for name in shipped_names():
+        try:
+            tree = read_tree(shipped_file(name)).plain()
+            titles[name] = str(tree.get("title", ""))
+        except RecipeError as error:
+            titles[name] = f"broken: {error.problems[0]}"
+    return titles

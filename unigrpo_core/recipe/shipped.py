@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from unigrpo_core.recipe.problems import Origin, Problem, RecipeError, did_you_mean
-from unigrpo_core.recipe.source import read_tree
 
 
 def shipped_recipes() -> Path:
@@ -26,16 +25,9 @@ def shipped_names() -> list[str]:
     )
 
 
-def shipped_titles() -> dict[str, str]:
-    """The title of each shipped recipe by its name; of one that cannot be read, why."""
-    titles: dict[str, str] = {}
-    for name in shipped_names():
-        try:
-            tree = read_tree(shipped_recipes() / f"{name}.toml").plain()
-            titles[name] = str(tree.get("title", ""))
-        except RecipeError as error:
-            titles[name] = f"broken: {error.problems[0]}"
-    return titles
+def shipped_file(name: str) -> Path:
+    """The file of a shipped recipe."""
+    return shipped_recipes() / f"{name}.toml"
 
 
 def find_recipe(word: str | Path) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 from unigrpo_core.errors import shown
 from unigrpo_core.recipe.positions import KeyPath, positions
 from unigrpo_core.recipe.problems import Origin, Problem, RecipeError
+from unigrpo_core.recipe.shipped import shipped_recipes
 from unigrpo_core.recipe.syntax import explain
 
 SET = Origin(None)  # where the values of --set are from
@@ -133,8 +134,6 @@ def _within(folder: Path) -> str:
 
 def _elsewhere(asked: Origin, file: Path) -> str:
     """The end of a message about a missing file that a recipe extends."""
-    from unigrpo_core.recipe.shipped import shipped_recipes  # which reads recipes by this module
-
     if asked.line is None:
         return ""
     shipped = shipped_recipes() / file.name
