@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from unigrpo_core.engine.penalty import checked
 from unigrpo_core.errors import PluginError
 from unigrpo_core.records import FlowStep, TokenStep
 
@@ -28,6 +29,19 @@ def test_a_faulty_penalty_is_named_with_its_distribution(setup, expert, fault, m
     with pytest.raises(PluginError) as caught:
         item.penalty(FLOW if expert == "image" else TOKENS)
     assert str(caught.value) == f"regularizer 'faulty_penalty' of tiny-tests 0.1 {message}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("none left"), MemoryError(), RuntimeError("can't allocate memory: 9")],
+)
+def test_too_little_memory_is_no_fault_of_the_regularizer(error):
+    def penalty(step):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        checked("regularizer 'x'", penalty)(FLOW)
+    assert caught.value is error
 
 
 def test_it_stops_the_run(train):
