@@ -379,7 +379,7 @@ TEXT = [
     PolicyFault("test_draws_come_from_the_keys", "different tokens", other_keys(rising)),
     PolicyFault(
         "test_replay_gives_the_samplers_logps",
-        "differ by 1.00e-04",
+        "differ by (1.00e-04|9.9.e-05)",
         replayed(lambda replay, batch: replace(replay, logps=replay.logps - 1e-4)),
     ),
     PolicyFault(
@@ -467,7 +467,7 @@ TEXT = [
     ),
     PolicyFault(
         "test_replay_gives_the_samplers_logps",
-        "differ by 1.20e-04",
+        "differ by 1.[12].e-04",
         replayed(lambda replay, batch: replace(replay, logps=one_off(replay.logps))),
     ),
     PolicyFault(
