@@ -103,6 +103,7 @@ def test_the_examples_pass_their_own_tests(fresh):
     done = fresh("python", "-m", "pytest", "-v", "-p", "no:cacheprovider", *WORKING)
     assert done.returncode == 0, done.stdout
     assert all(f"{name}/test_" in done.stdout for name in WORKING)
+    assert done.stdout.count("::TestConformance::test_") > 20
 
 
 @pytest.mark.slow

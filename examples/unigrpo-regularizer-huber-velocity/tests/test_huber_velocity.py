@@ -5,6 +5,7 @@ import torch
 from unigrpo_regularizer_huber_velocity import unigrpo_regularizers
 
 from unigrpo_core.records import FlowStep
+from unigrpo_core.testing import FlowRegularizerConformance
 
 
 def penalty(gap, delta):
@@ -32,3 +33,9 @@ def test_below_and_above_delta():
     assert gradient.tolist() == pytest.approx([0.0625, -0.0625, 0.125, -0.125], rel=1e-4)
     assert value.shape == (1, 1)
     assert value.dtype == torch.float32
+
+
+class TestConformance(FlowRegularizerConformance):
+    """What every regularizer of images promises; found by its entry point, as a recipe would."""
+
+    use = "huber_velocity"

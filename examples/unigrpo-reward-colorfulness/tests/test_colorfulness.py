@@ -5,6 +5,7 @@ import torch
 from unigrpo_reward_colorfulness import unigrpo_rewards
 
 from unigrpo_core.records import Prompt, RewardBatch
+from unigrpo_core.testing import RewardConformance
 
 RED, CYAN, BLUE, GREY = (1.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.5, 0.5, 0.5)
 
@@ -41,3 +42,9 @@ def test_the_bound_is_reached():
 def test_rows_do_not_touch_each_other():
     both = score([RED, GREY], [BLUE, CYAN])
     assert torch.equal(both, torch.cat([score([RED, GREY]), score([BLUE, CYAN])]))
+
+
+class TestConformance(RewardConformance):
+    """What every reward promises; found by its entry point, as a recipe would."""
+
+    use = "colorfulness"
