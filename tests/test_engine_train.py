@@ -358,7 +358,7 @@ import sys
 from pathlib import Path
 
 import tiny
-import torch
+from safetensors.torch import save_file
 
 from unigrpo_core.engine import experience, loop
 
@@ -377,18 +377,15 @@ run = loop.Run(resolved, folder / device, tiny.Silent())
 assert all(p.device.type == device for p in run.setup.policy.root.parameters())
 run()
 assert len(found) == 2
-torch.save(
-    [
-        {
-            "tokens": text.tokens.cpu(), "mask": text.mask.cpu(), "logps": text.logps.cpu(),
-            "x_t": image.x_t.cpu(), "x_next": image.x_next.cpu(), "mean": image.old_mean.cpu(),
-            "t": image.t.cpu(), "t_next": image.t_next.cpu(), "level": image.noise_level.cpu(),
-            "latents": image.latents.cpu(),
-        }
-        for text, image in ((tiny.text_of(r), tiny.image_of(r)) for r in found)
-    ],
-    out,
-)
+for number, (text, image) in enumerate((tiny.text_of(r), tiny.image_of(r)) for r in found):
+    stored = {
+        "tokens": text.tokens, "mask": text.mask, "logps": text.logps,
+        "x_t": image.x_t, "x_next": image.x_next, "mean": image.old_mean,
+        "t": image.t, "t_next": image.t_next, "level": image.noise_level,
+        "latents": image.latents,
+    }
+    stored = {name: x.cpu().contiguous() for name, x in stored.items()}
+    save_file(stored, out / f"{number}.safetensors")
 """
 
 
@@ -399,13 +396,14 @@ def test_two_steps_on_cuda_draw_what_the_cpu_draws(tmp_path, checkpoint):
     in a process of its own, since accelerate settles on one."""
     found = {}
     for device in ("cpu", "cuda"):
-        out = tmp_path / f"{device}.pt"
+        out = tmp_path / f"of-{device}"
+        out.mkdir()
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
         arguments = [str(tmp_path), str(checkpoint), device, str(out)]
         subprocess.run(
             [sys.executable, "-c", DRIVER, *arguments], check=True, env=environment, timeout=600
         )
-        found[device] = torch.load(out, weights_only=True)
+        found[device] = [load_file(out / f"{number}.safetensors") for number in range(2)]
         assert len(lines(tmp_path / device)) == 2
     scheduler = tiny.setup(tmp_path, checkpoint).training.scheduler
     for step, (cpu, cuda) in enumerate(zip(found["cpu"], found["cuda"], strict=True)):
