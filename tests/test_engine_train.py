@@ -362,7 +362,8 @@ from safetensors.torch import save_file
 
 from unigrpo_core.engine import experience, loop
 
-folder, checkpoint, device, out = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+folder, checkpoint, out = (Path(sys.argv[number]) for number in (1, 2, 4))
+device = sys.argv[3]
 found, original = [], experience.sample
 
 
