@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from unigrpo_core.engine.faults import PASSED, no_memory
+from unigrpo_core.engine.faults import no_memory, passes
 from unigrpo_core.engine.gap import finite
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.errors import PluginError, UserError
@@ -88,9 +88,9 @@ def _asked(
     """What the source answers; a failure is its plugin's."""
     try:
         return question(setup.source)
-    except PASSED:
-        raise
     except BaseException as error:
+        if passes(error):
+            raise
         raise PluginError(f"{setup.recipe.source.who} failed: {said(error)}") from error
 
 
@@ -134,14 +134,14 @@ def check_draws(rollout: Rollout) -> None:
 
 
 def _check_thoughts(segment: TextSegment, parents: list[int]) -> None:
-    said = [
+    written = [
         tuple(tokens[mask].tolist())
         for tokens, mask in zip(segment.tokens, segment.mask, strict=True)
     ]
     families: dict[int, list[int]] = {}
     for row, parent in enumerate(parents):
         families.setdefault(parent, []).append(row)
-    if any(len({said[row] for row in rows}) > 1 for rows in families.values()):
+    if any(len({written[row] for row in rows}) > 1 for rows in families.values()):
         return
     sums = (segment.logps * segment.mask).sum(1)
     chance = sum(float(sums[row]) for rows in families.values() for row in rows[1:])

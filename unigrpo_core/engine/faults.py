@@ -6,7 +6,11 @@ import torch
 
 from unigrpo_core.errors import UserError
 
-PASSED = (UserError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
+
+def passes(error: BaseException) -> bool:
+    """Whether an error of a plugin's code is said as it is: it is told already, the user's own
+    Ctrl-C, or a lack of memory. Any other is named as that plugin's."""
+    return isinstance(error, UserError | KeyboardInterrupt) or no_memory(error)
 
 
 def no_memory(error: BaseException) -> bool:

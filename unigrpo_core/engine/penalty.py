@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from unigrpo_core.engine.faults import PASSED, no_memory
+from unigrpo_core.engine.faults import passes
 from unigrpo_core.errors import PluginError
 from unigrpo_core.loading import said
 from unigrpo_core.records import FlowStep, TokenStep
@@ -22,10 +22,8 @@ def checked(who: str, penalty: Callable[[Step], Tensor]) -> Callable[[Step], Ten
     def call(step: Step) -> Tensor:
         try:
             values = penalty(step)
-        except PASSED:
-            raise
         except BaseException as error:
-            if no_memory(error):
+            if passes(error):
                 raise
             raise PluginError(f"{who} failed: {said(error)}") from error
         want = step.t.shape if isinstance(step, FlowStep) else step.logps.shape

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from unigrpo_core.engine.faults import PASSED, no_memory
+from unigrpo_core.engine.faults import passes
 from unigrpo_core.engine.setup import NamedReward, Setup
 from unigrpo_core.errors import PluginError
 from unigrpo_core.loading import said
@@ -82,10 +82,8 @@ def score(rewards: tuple[NamedReward, ...], batch: RewardBatch, *, details: bool
 def _call(item: NamedReward, method: Callable[[RewardBatch], T], batch: RewardBatch) -> T:
     try:
         return method(batch)
-    except PASSED:
-        raise
     except BaseException as error:
-        if no_memory(error):
+        if passes(error):
             raise
         raise PluginError(f"reward {item.name!r} of {item.origin} failed: {said(error)}") from error
 

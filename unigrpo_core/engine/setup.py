@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from unigrpo_core.engine.allocator import keep_freed_memory
-from unigrpo_core.engine.faults import PASSED
+from unigrpo_core.engine.faults import passes
 from unigrpo_core.engine.penalty import checked
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.interfaces import (
@@ -244,9 +244,9 @@ def _load(recipe: Recipe, policy: Policy, folder: Path) -> None:
     """Continues from another run's weights, which may be damaged in ways of their own."""
     try:
         policy.load(folder)
-    except PASSED:
-        raise
     except BaseException as error:
+        if passes(error):
+            raise
         raise PluginError(f"{recipe.policy.who} cannot load {folder}: {said(error)}") from error
 
 

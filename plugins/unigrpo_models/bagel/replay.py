@@ -99,8 +99,7 @@ class ReplayRoot(nn.Module):
             batch.temperature,
         )
         tokens = batch.tokens.masked_fill(~batch.mask, self.codec.eos)
-        first = {text: row for row, text in reversed([*enumerate(owner)])}
-        unique = tokens[[first[text] for text in range(len(first))]]
+        unique = tokens[first_of(owner)]
         logps = logits.gather(2, unique[..., None])[..., 0] - logits.logsumexp(2)
         return torch.where(batch.mask, logps[owner], 0.0)
 
@@ -194,11 +193,16 @@ def equal_images(owner: Sequence[int], x_t: Tensor, t: Tensor) -> tuple[list[int
         for place, x in zip(places, x_t.detach(), strict=True)
     ]
     index = index_of(rows)
-    first = {number: row for row, number in reversed([*enumerate(index)])}
-    return [first[number] for number in range(len(first))], index
+    return first_of(index), index
 
 
 def index_of(rows: Sequence[Hashable]) -> list[int]:
     """The number of each row among the different ones, in the order in which they come."""
     number = {row: place for place, row in enumerate(dict.fromkeys(rows))}
     return [number[row] for row in rows]
+
+
+def first_of(index: Sequence[int]) -> list[int]:
+    """For each number that :func:`index_of` gave the first row that has it."""
+    first = {number: row for row, number in reversed([*enumerate(index)])}
+    return [first[number] for number in range(len(first))]
