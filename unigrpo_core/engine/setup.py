@@ -119,6 +119,11 @@ def build_setup(resolved: Resolved, tracking: Path | None = None) -> Setup:
         PluginError: a component that cannot be built.
     """
     recipe = resolved.recipe
+    if recipe.after and not recipe.start:
+        raise UserError(
+            f"{resolved.name} starts where a run of {recipe.after} ends: name that run's folder "
+            "with --set start=FOLDER, or let `unigrpo ablate` run both"
+        )
     source: PromptSource = recipe.source.build()
     rewards = _rewards(recipe)
     _check_held_out(recipe, source)

@@ -114,6 +114,11 @@ def _start(recipe: Recipe) -> Broke:
         yield Broken(("start",), message)
 
 
+def _after(recipe: Recipe) -> Broke:
+    if recipe.after and not Path(recipe.after).is_file():
+        yield Broken(("after",), f"should be a recipe's file, but there is no {recipe.after}")
+
+
 # --- the methods it is filled with ------------------------------------------------------------
 
 
@@ -234,7 +239,7 @@ def _branches(recipe: Recipe) -> Broke:
                 yield Broken((name, "guidance"), message)
 
 
-_SHAPE_RULES = (_episode, _fan_out, _train, _updates, _start)
+_SHAPE_RULES = (_episode, _fan_out, _train, _updates, _start, _after)
 _METHOD_RULES = (
     _required,
     _policy,

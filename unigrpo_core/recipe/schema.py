@@ -264,6 +264,12 @@ class Optimizer(Table):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm bound of each expert")
     warmup_updates: int = Field(0, ge=0, description="updates of linear learning-rate warm-up")
+    signal_every: int = Field(
+        0,
+        ge=0,
+        description="steps between measurements of how much of the gradients is signal, at the "
+        "price of a copy of them; 0: never",
+    )
 
 
 class Evaluation(Table):
@@ -321,6 +327,11 @@ class Recipe(Table):
     updates: Updates = Field(default_factory=Updates.defaults)
     start: RecipePath = Field(
         "", description="folder of a run whose final weights to start from; empty: none"
+    )
+    after: RecipePath = Field(
+        "",
+        description="recipe whose run comes first, this one starting from its final weights: "
+        "`unigrpo ablate` runs both, and alone it needs that run's folder in start; empty: none",
     )
     policy: PolicySlot = Field(description="the model")
     source: PromptsSlot = Field(description="where prompts come from")
