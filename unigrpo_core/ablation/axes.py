@@ -102,4 +102,4 @@ def _plain(value: Any) -> Any:
 
 def _safe(text: str) -> str:
     """A value as part of a file's name."""
-    return "-".join(_SAFE.findall(text.replace(" = ", "="))) or "empty"
+    return "-".join(_SAFE.findall(text.replace(" = ", "=").replace('"', ""))) or "empty"

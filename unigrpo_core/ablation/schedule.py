@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from unigrpo_core.ablation.grid import Job
 from unigrpo_core.ablation.places import clear, summary, unmark
 from unigrpo_core.errors import UserError, shown
 
+CHILD = (sys.executable, "-P", "-m", "unigrpo_core.ablation.child")
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 PAUSE = 0.05  # seconds between looks at the processes
 GRACE = 10.0  # seconds that a process has to end
+ROOM = 65536  # bytes free on a disk that is not full
 LAST = 2  # lines of a log that a message shows
 
 
@@ -79,13 +82,12 @@ class Schedule:
                 return
 
     def _start(self, job: Job) -> None:
-        command = [sys.executable, "-P", "-m", "unigrpo_core.ablation.child", *job.words()]
         try:
             job.folder.parent.mkdir(parents=True, exist_ok=True)
             clear(job)
             with job.log.open("wb") as log:
                 process = subprocess.Popen(
-                    command,
+                    [*CHILD, *job.words()],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -102,7 +104,8 @@ class Schedule:
         running.process.stdin.close()
         code = running.process.returncode
         if code:
-            self._lose(job, f"failed with {_code(code)}: {_last(job.log)}; see {shown(job.log)}")
+            last = f"{_last(job.log)}{_full(job.out)}"
+            self._lose(job, f"failed with {_code(code)}: {last}; see {shown(job.log)}")
             return
         try:
             figures = _figures(job.folder)
@@ -157,6 +160,15 @@ def _last(log: Path) -> str:
         return f"its log cannot be read: {error.strerror}"
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     return " | ".join(lines[-LAST:]) or "it has said nothing"
+
+
+def _full(out: Path) -> str:
+    """The end of a message where a log may have lost its last lines."""
+    try:
+        full = shutil.disk_usage(out).free < ROOM
+    except OSError:
+        full = False
+    return " (the disk is full)" if full else ""
 
 
 def _figures(folder: Path) -> str:

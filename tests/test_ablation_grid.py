@@ -1,0 +1,405 @@
+"""The grid of `unigrpo ablate`: axes, names, seeds, stages and all that is refused before a run;
+what stands in a folder already. No run is made."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+
+from unigrpo_core import cli
+from unigrpo_core.ablation.axes import parse_axis, tails
+from unigrpo_core.ablation.grid import Job, grid, parse_seeds
+from unigrpo_core.ablation.places import clear, locked, state
+from unigrpo_core.errors import PluginError, UsageError, UserError
+from unigrpo_core.recipe import load_recipe, parse_value
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, checkpoint):
+    """The working directory, with the recipes tiny and, after it, second."""
+    monkeypatch.chdir(tmp_path)
+    tiny.recipe_file(tmp_path, checkpoint)
+    write("second", "after = 'tiny.toml'\ntrain = ['image']")
+    return tmp_path
+
+
+def write(name, text, base="tiny.toml"):
+    Path(f"{name}.toml").write_text(f"extends = ['{base}']\n{text}")
+
+
+def cells(recipes="tiny.toml", axes=(), overrides=()):
+    return grid(recipes.split(), axes, overrides, lambda file: tiny.catalog())
+
+
+def refused(*arguments, **options):
+    with pytest.raises(UsageError) as caught:
+        cells(*arguments, **options)
+    return str(caught.value)
+
+
+# --- values and axes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (".005", 0.005),
+        ("-.5e-3", -0.0005),
+        ("[.1, -.2,.3]", [0.1, -0.2, 0.3]),
+        ('{use="a.5, .5", weight=.5}', {"use": "a.5, .5", "weight": 0.5}),
+        ("1.5", 1.5),
+        ("v1.5", "v1.5"),
+        ("../.5x", "../.5x"),
+        (".hidden", ".hidden"),
+        ("'.5'", ".5"),
+    ],
+)
+def test_a_number_may_begin_with_its_point(text, value):
+    found = parse_value(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_set_takes_it(folder):
+    resolved = load_recipe("tiny.toml", tiny.catalog(), ["image.weight=.005"])
+    assert resolved.recipe.image.weight == 0.005
+
+
+@pytest.mark.parametrize(
+    ("word", "texts", "names"),
+    [
+        ("a.b=0,.005,.01", ("0", ".005", ".01"), ("0", "0.005", "0.01")),
+        ("a=[4,1], [12, 1]", ("[4,1]", "[12, 1]"), ("4-1", "12-1")),
+        ("a=true,false", ("true", "false"), ("true", "false")),
+        (
+            'a=[],[{use="x,y",weight=.01}]',
+            ("[]", '[{use="x,y",weight=.01}]'),
+            ("empty", "use=x-y-weight=0.01"),
+        ),
+        ("a = cfg,none", ("cfg", "none"), ("cfg", "none")),
+        ("a=1.0,1e-2", ("1.0", "1e-2"), ("1", "0.01")),
+        ("a=-1,1", ("-1", "1"), ("-1", "1")),
+        ("a=../x/y", ("../x/y",), ("..-x-y",)),
+    ],
+)
+def test_an_axis(word, texts, names):
+    axis = parse_axis(word)
+    assert (axis.texts, axis.names) == (texts, names)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("image.weight", "expected KEY=V,V,..."),
+        ("=1,2", "expected KEY=V,V,..."),
+        ("a b=1", "expected KEY=V,V,..."),
+        ("a=", "a value is empty"),
+        ("a=1,,2", "a value is empty"),
+        ("a=.01,0.010", ".01 and 0.010 are the same value"),
+        ("a=1,1.0", "1 and 1.0 are the same value"),
+        ("a=[1,2", "'[1,2' is neither a TOML value nor a plain word"),
+    ],
+)
+def test_no_axis(word, told):
+    with pytest.raises(ValueError, match="--axis") as caught:
+        parse_axis(word)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "short"),
+    [
+        (["image.regularizers.0.weight"], ["weight"]),
+        (["image.lr", "text.lr", "steps"], ["image.lr", "text.lr", "steps"]),
+        (["a.regularizers.0.weight", "a.regularizers.1.weight"], ["0.weight", "1.weight"]),
+        (["group.fan_out.0", "seeds"], ["fan_out.0", "seeds"]),
+        (["steps", "image.scheduler.steps"], ["steps", "scheduler.steps"]),
+    ],
+)
+def test_tails(keys, short):
+    if short[0].startswith("0."):
+        short = [f"regularizers.{tail}" for tail in short]
+    assert list(tails(keys)) == short
+    assert list(tails(keys[::-1])) == short[::-1]
+
+
+@pytest.mark.parametrize("text", ["", "1,", "a", "-1", "1.5", "1,2,1", "1,01", "0,²"])
+def test_no_seeds(text):
+    with pytest.raises(UsageError, match="--seeds"):
+        parse_seeds(text)
+
+
+def test_seeds():
+    assert parse_seeds("2, 0,10") == (2, 0, 10)
+
+
+# --- cells ------------------------------------------------------------------------------------
+
+
+def test_cells_are_recipes_by_values(folder):
+    found = cells("tiny.toml second.toml", ["image.weight=.5,1", "group.fan_out=[3,1],[3,2]"])
+    assert [cell.name for cell in found] == [
+        f"{stem},weight={weight},fan_out={fan_out}"
+        for stem in ("tiny", "second")
+        for weight in ("0.5", "1")
+        for fan_out in ("3-1", "3-2")
+    ]
+    assert [cell.values["image"]["weight"] for cell in found] == [0.5, 0.5, 1.0, 1.0] * 2
+    assert [cell.values["group"]["fan_out"] for cell in found] == [[3, 1], [3, 2]] * 4
+    assert [cell.first for cell in found] == [None] * 4 + list(found[:4])
+
+
+def test_what_a_run_is_given_makes_its_values(folder):
+    [first, cell] = cells("tiny.toml second.toml", ["image.weight=.5"], ["image.lr=.5"])
+    job = Job(cell, 3, Path("out"))
+    assert (job.folder, job.log) == (
+        Path("out/second,weight=0.5/seed-3"),
+        Path("out/second,weight=0.5/seed-3.log"),
+    )
+    verb, recipe, flag, out, *sets = job.words()
+    assert (verb, flag, out) == ("run", "--out", str(job.folder))
+    before = Job(first, 3, Path("out")).folder.absolute()
+    (before / "final").mkdir(parents=True)
+    resolved = load_recipe(recipe, tiny.catalog(), sets[1::2])
+    assert resolved.values == {**job.values, "start": str(before)}
+    assert (job.values["image"]["lr"], job.values["seed"]) == (0.5, 3)
+
+
+def test_a_start_that_is_stated_needs_no_first_stage(folder):
+    (folder / "run" / "final").mkdir(parents=True)
+    [cell] = cells("second.toml", overrides=["start=run"])
+    assert cell.first is None
+
+
+def test_long_names_are_cut(folder):
+    values = ",".join(f"{'x' * 300}{i}" for i in range(2))
+    names = [cell.name for cell in cells(axes=[f"policy.checkpoint={values}"])]
+    assert len(set(names)) == 2
+    assert max(map(len, names)) < 200
+
+
+# --- refused ----------------------------------------------------------------------------------
+
+
+def test_every_problem_is_told_at_once(folder):
+    write("other", "prompts = 0")
+    told = refused(
+        "tiny.toml other.toml",
+        ["image.lerning_rate=1,2", "image.regularizers.0.weight=1,2"],
+        ["text.lr=fast"],
+    ).splitlines()
+    for recipe in ("tiny.toml", "other.toml"):
+        mine = [line for line in told if line.startswith(f"{recipe}: --")]
+        assert f"{recipe}: --axis image.lerning_rate: unknown key; " in "\n".join(mine)
+        assert f"{recipe}: --axis image.regularizers: should be an array" in "\n".join(mine)
+        assert f"{recipe}: --set text.lr: should be a valid number" in "\n".join(mine)
+    assert any(line.startswith("other.toml:2: prompts: should be greater") for line in told)
+    assert len(told) == len(set(told))
+
+
+def test_an_element_that_is_not_there(folder):
+    write("bare", "[image]\nregularizers = []")
+    told = refused("bare.toml", ["image.regularizers.0.weight=1,2"])
+    assert told.startswith("bare.toml: --axis image.regularizers: '0' is no element: the array has")
+    assert "did you mean 'weight'?" in refused(axes=["image.weigth=1,2"])
+
+
+@pytest.mark.parametrize(
+    ("recipes", "axes", "overrides", "told"),
+    [
+        ("tiny.toml tiny.toml", [], [], "tiny.toml is given twice"),
+        ("tiny.toml a/tiny.toml", [], [], "tiny.toml and a/tiny.toml have one name"),
+        ("tiny.toml a/Tiny.toml", [], [], "tiny.toml and a/Tiny.toml have one name"),
+        ("tini.toml", [], [], "tini.toml: no such file"),
+        ("tiny.toml", ["seed=1,2"], [], "--axis seed: the seeds of an ablation are those of"),
+        ("tiny.toml", [], ["seed=1"], "--set seed: the seeds of an ablation are those of"),
+        ("tiny.toml", ["steps=1", "steps=2"], [], "--axis steps stands twice"),
+        ("tiny.toml", ["steps=1,2"], ["steps=3"], "--axis steps would undo --set steps"),
+        ("tiny.toml", ["image={lr=1}"], ["image.lr=3"], "--axis image would undo --set image.lr"),
+        ("tiny.toml", ["title=a,b"], [], "tiny,title=a and tiny,title=b are the same run"),
+        ("tiny.toml", ["title='a b','a,b'"], [], "two cells would be called tiny,title=a-b: "),
+        ("second.toml", [], [], "second.toml: after: its first stage is not among the recipes; "),
+        ("second.toml", [], [], "add tiny.toml"),
+        ("lost.toml", [], [], "lost.toml:2: after: should be a recipe's file, but there is no "),
+        ("b.toml c.toml", [], [], "come after each other in a circle: b.toml -> c.toml -> b.toml"),
+        ("c.toml b.toml", [], [], "come after each other in a circle: b.toml -> c.toml -> b.toml"),
+    ],
+)
+def test_refused(folder, recipes, axes, overrides, told):
+    Path("a").mkdir()
+    write("a/tiny", "steps = 1", "../tiny.toml")
+    write("a/Tiny", "steps = 1", "../tiny.toml")
+    write("lost", "after = 'nowhere.toml'")
+    write("b", "after = 'c.toml'")
+    write("c", "after = 'b.toml'")
+    found = refused(recipes, axes, overrides)
+    assert told in found
+    assert len(found.splitlines()) == 1
+
+
+def test_a_plugin_that_is_not_there(folder):
+    with pytest.raises(PluginError, match=r"^tiny.toml: --axis policy.use: no policy called 'x'"):
+        cells(axes=["policy.use=x"])
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "x", ""])
+def test_no_number_of_jobs(folder, jobs, capsys):
+    assert cli.main(["ablate", "tiny.toml", f"--jobs={jobs}"]) == 2
+    assert f"--jobs {jobs}: expected how many" in capsys.readouterr().err
+
+
+# --- what is there already --------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(folder):
+    return Job(cells()[0], 0, Path("out"))
+
+
+def put(job, *names, **changes):
+    """Files in the job's folder; the values of its run.json, if any, are changed."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (job.folder / name).write_text("{}")
+    if "run.json" in names:
+        data = {"values": {**job.values, **changes}, "plugin_file": None}
+        (job.folder / "run.json").write_text(json.dumps(data))
+
+
+def test_states(job):
+    assert state(job) == "new"
+    put(job)
+    assert state(job) == "new"
+    put(job, "run.json", "metrics.jsonl", ".part-final")
+    assert state(job) == "unfinished"
+    put(job, "summary.json", "notes.txt")
+    assert state(job) == "finished"
+
+
+def test_titles_and_stages_do_not_count(folder):
+    second = Job(cells("tiny.toml second.toml")[1], 0, Path("out"))
+    put(second, "run.json", "summary.json", title="another", after="x", start="y")
+    assert state(second) == "finished"
+
+
+@pytest.mark.parametrize("names", [["sheets"], ["recipe.toml", ".part-run.json", "metrics.jsonl"]])
+def test_what_a_kill_leaves_before_run_json(job, names):
+    put(job, *names)
+    with pytest.raises(UserError, match="in the way: it is no run's folder"):
+        state(job)
+    job.mark.touch()
+    assert state(job) == "unfinished"
+    clear(job)
+    assert (state(job), job.folder.exists(), job.mark.exists()) == ("new", False, True)
+
+
+@pytest.mark.parametrize("mark", [False, True])
+def test_what_is_not_ours_stays(job, mark):
+    put(job, "run.json", "notes.txt")
+    if mark:
+        job.mark.touch()
+    with pytest.raises(UserError, match=r"seed-0 is in the way: .* no run has written its notes"):
+        state(job)
+    (job.folder / "run.json").unlink()
+    with pytest.raises(UserError, match="seed-0 is in the way"):
+        state(job)
+    assert (job.folder / "notes.txt").exists()
+
+
+def test_other_things_in_the_way(job):
+    Path("out").mkdir()
+    Path("out/tiny").write_text("")
+    with pytest.raises(UserError, match="out/tiny is in the way: it is no folder"):
+        state(job)
+    Path("out/tiny").unlink()
+    put(job)
+    job.folder.rmdir()
+    job.folder.write_text("")
+    with pytest.raises(UserError, match="out/tiny/seed-0 is in the way: it is no folder"):
+        state(job)
+    job.folder.unlink()
+    other = Path("elsewhere")
+    other.mkdir()
+    job.folder.symlink_to(other.absolute())
+    put(job, "run.json")
+    with pytest.raises(UserError, match="it is a link"):
+        state(job)
+    put(job, "run.json", "summary.json")
+    (job.folder / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary.json cannot be read: it is no JSON text"):
+        state(job)
+    (job.folder / "run.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run.json cannot be read: it holds no object"):
+        state(job)
+
+
+@pytest.mark.parametrize("names", [["run.json"], ["run.json", "summary.json"]])
+def test_a_run_of_something_else(job, names):
+    put(job, *names, steps=7, start="x", prompts=4)
+    told = "out/tiny/seed-0 is in the way: its run is another: "
+    with pytest.raises(UserError) as caught:
+        state(job)
+    assert str(caught.value) == (
+        f'{told}steps is 7 there and 2 here, start is "x" there and "" here; '
+        "move it, or choose another --out"
+    )
+    put(job, *names, steps=7, seed=5, prompts=1, updates={})
+    with pytest.raises(UserError, match=r"seed is 5 there and 0 here, steps .* and 2 more; move"):
+        state(job)
+
+
+def test_another_plugin_file(job):
+    put(job, "run.json", "summary.json")
+    data = json.loads((job.folder / "run.json").read_text())
+    data["plugin_file"] = {"file": "x", "sha256": "0123456789abcdef"}
+    (job.folder / "run.json").write_text(json.dumps(data))
+    told = 'unigrpo_plugins.py is "0123456789ab" there and "" here'
+    with pytest.raises(UserError, match=told):
+        state(job)
+
+
+def test_the_call_tells_all_that_is_in_the_way(folder, capsys):
+    for name in ("tiny", "second"):
+        Path("runs/ablation", name, "seed-1", "x").mkdir(parents=True)
+    for extra in ([], ["--dry-run"]):
+        code = cli.main(["ablate", "tiny.toml", "second.toml", "--seeds", "0,1", *extra])
+        told = capsys.readouterr().err.splitlines()
+        assert (code, len(told)) == (1, 2)
+        assert told[1].startswith("runs/ablation/second/seed-1 is in the way: it is no run's")
+    assert not Path("runs/ablation/tiny/seed-0").exists()
+
+
+def test_the_folder_cannot_be_made(folder, capsys):
+    Path("out").write_text("")
+    assert cli.main(["ablate", "tiny.toml", "--out", "out"]) == 1
+    assert capsys.readouterr().err == "out cannot be written: File exists; choose another --out\n"
+
+
+def test_a_dry_run_lists_and_makes_nothing(folder, capsys):
+    argv = ["ablate", "second.toml", "tiny.toml", "--seeds", "0,1", "--out", "out"]
+    finished, left = (Job(cells()[0], seed, Path("out")) for seed in (0, 1))
+    put(finished, "run.json", "summary.json")
+    put(left, "run.json")
+    before = {path: os.stat(path).st_mtime_ns for path in folder.rglob("*")}
+    assert cli.main([*argv, "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "2 cells x 2 seeds = 4 runs in out",
+        "second seed 0: to run, after tiny seed 0",
+        "tiny seed 0: finished",
+        "second seed 1: to run, after tiny seed 1",
+        "tiny seed 1: to run again: it is unfinished",
+    ]
+    assert {path: os.stat(path).st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_only_one_call_holds_a_folder(folder, monkeypatch):
+    monkeypatch.setattr("unigrpo_core.ablation.places.PATIENCE", 0.1)
+    with (
+        locked(Path("out")),
+        pytest.raises(UserError, match="another `unigrpo ablate` works in out"),
+        locked(Path("out")),
+    ):
+        pass
+    with locked(Path("out")):
+        pass
