@@ -54,8 +54,8 @@ class TextPolicyConformance(PolicyConformance):
         assert same_tokens(further, second), "a longer history was changed by its parent's"
 
     def test_a_given_text_is_as_if_written(self, component: TextPolicy) -> None:
-        """``append`` of a written text leaves the history that ``write`` left: it continues with the
-        same tokens, with log-probs equal to rounding, and leaves the one it is given alone."""
+        """``append`` of a written text leaves the history that ``write`` left: it continues with
+        the same tokens, with log-probs equal to rounding, and leaves the one it is given alone."""
         history = component.open(self.prompts)
         written, longer = self.write(component, history, keys(len(self.prompts)))
         with unchanged(written=written):
