@@ -77,7 +77,7 @@ class Lines(Reporter):
         if step == 0:
             self.began = time.perf_counter()
         self.latest = dict(means)
-        shown = "  ".join(f"{_short(name)} {value:.3f}" for name, value in means.items())
+        shown = "  ".join(f"{_short(name)} {means[name]:.3f}" for name in _shown(means))
         self.console.print(f"held-out prompts at step {step}:  {shown}", markup=False)
 
     def finished(self, folder: Path, summary: Mapping[str, Any]) -> None:
@@ -135,6 +135,11 @@ def _figures(
         yield f"{metrics['images'] / timing['image_s']:.0f} images/s"
 
 
+def _shown(means: Mapping[str, float]) -> list[str]:
+    """The scores that are worth a line: of a further view only the rewards themselves."""
+    return [name for name in means if ":" not in name or "/" not in name]
+
+
 def _short(name: str) -> str:
     return name.rpartition("/")[2]
 
@@ -144,7 +149,8 @@ def _before_after(summary: Mapping[str, Any]) -> Table:
     table.add_column("mean of")
     for heading in ("before", "after", "gain"):
         table.add_column(heading, justify="right")
-    for name, gain in summary["gain"].items():
+    for name in _shown(summary["gain"]):
+        gain = summary["gain"][name]
         before, after = summary["before"][name], summary["after"][name]
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{gain:+.3f}")
     return table

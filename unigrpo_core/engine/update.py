@@ -94,7 +94,7 @@ class Updater:
         metrics: dict[str, float] = {}
         for number, rows in enumerate(shares):
             first = self.updates == 0
-            metrics = self._update(data, rows, kept, gap if number == 0 else None)
+            metrics |= self._update(data, rows, kept, gap if number == 0 else None)
             if first and reference is not None:
                 self._check_reference(data, reference)
         return {**gap.metrics(), **metrics}

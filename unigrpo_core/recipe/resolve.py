@@ -112,8 +112,8 @@ def load_recipe(path: str | Path, catalog: Catalog, overrides: Sequence[str] = (
 
 
 def difference(a: Resolved, b: Resolved) -> list[tuple[str, Any | None, Any | None]]:
-    """The values in which two recipes differ, as (path, in a, in b), None where there is none; those
-    in ASIDE do not count. Empty exactly when their hashes agree."""
+    """The values in which two recipes differ, as (path, in a, in b), None where there is none; what
+    is in ASIDE does not count. Empty exactly when their hashes agree."""
     ours, theirs = ({dotted(path): v for path, v in leaves(x.values)} for x in (a, b))
     return [
         (path, ours.get(path), theirs.get(path))
