@@ -10,14 +10,15 @@ import sys
 import threading
 
 
-def _end_with_input() -> None:
+def end_with_input() -> None:
+    """Ends this process, whatever it does, when its standard input ends."""
     while os.read(0, 1):
         pass
     os._exit(1)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    threading.Thread(target=end_with_input, daemon=True).start()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
