@@ -124,7 +124,10 @@ def _figures(
     for expert in ("text", "image"):
         if f"{expert}/clip_fraction" in metrics:
             yield f"{expert} clip {metrics[f'{expert}/clip_fraction']:.2f}"
-    known = ("loss", "clip_fraction", "ratio_deviation", "grad_norm", "equal_groups")
+    known = (
+        *("loss", "clip_fraction", "ratio_deviation", "equal_groups"),
+        *("grad_norm", "grad_cosine"),
+    )
     for key, value in metrics.items():
         expert, _, name = key.partition("/")
         if expert in ("text", "image") and name not in known:
