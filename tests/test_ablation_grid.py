@@ -1,8 +1,11 @@
 """The grid of `unigrpo ablate`: axes, names, seeds, stages and all that is refused before a run;
 what stands in a folder already. No run is made."""
 
+import argparse
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -403,3 +406,38 @@ def test_only_one_call_holds_a_folder(folder, monkeypatch):
         pass
     with locked(Path("out")):
         pass
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "ablate.md"
+
+
+def test_the_page_shows_what_is_printed(folder, capsys):
+    blocks = re.findall(
+        r"```sh dry-run\nunigrpo ([^\n]*)\n```\n\n```text\n(.*?)```", PAGE.read_text(), re.S
+    )
+    assert len(blocks) == 2
+    for command, shown in blocks:
+        assert cli.main(shlex.split(command)) == 0
+        assert capsys.readouterr().out == shown
+
+
+def test_the_page_calls_the_verb_as_it_is_called(folder):
+    cells_of = {}
+    for line in re.findall(r"^unigrpo (ablate (?!RECIPE).*)$", PAGE.read_text(), re.M):
+        arguments = cli._parser().parse_args(shlex.split(line))
+        recipes = [word for word in arguments.recipe if "*" not in word]
+        found = grid(recipes, arguments.axis, arguments.set, lambda file: tiny.catalog())
+        cells_of[line] = len(found)
+    assert list(cells_of.values()) == [0, 4, 2, 2, 2, 4, 2]
+
+
+def test_the_page_has_every_option():
+    subparsers = argparse.ArgumentParser().add_subparsers()
+    cli.ablate.register(subparsers)
+    options = {
+        flag for flag in subparsers.choices["ablate"]._option_string_actions if flag[1] == "-"
+    }
+    described = re.findall(r"^\| `(--[\w-]+)", PAGE.read_text(), re.M)
+    assert set(described) == options - {"--help"}
