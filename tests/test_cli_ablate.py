@@ -284,5 +284,6 @@ def test_real_runs_killed_resumed_and_failing(folder, capfd):
     values = json.loads((second_run / "run.json").read_text())["values"]
     assert (values["image"]["weight"], values["train"]) == (0.5, ["image"])
     assert values["start"] == str(tiny_run)
+    assert {path.name for path in second_run.iterdir()} <= {*places.WRITTEN, "summary.json"}
     first, second = tiny.final_weights(tiny_run), tiny.final_weights(second_run)
     assert all(second[name].equal(first[name]) != tiny.is_image(name) for name in first)
