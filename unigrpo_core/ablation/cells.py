@@ -58,7 +58,7 @@ def _identity(run: Run) -> tuple[object, ...]:
     values = {key: value for key, value in flat(run.values).items() if key not in APART}
     return (
         tuple(sorted((key, toml_value(value)) for key, value in values.items())),
-        name_of(run) if run.values.get("start") else None,
+        name_of(run) if run.staged else None,
     )
 
 
@@ -88,10 +88,23 @@ def _once(group: Sequence[Run]) -> tuple[list[Run], list[str]]:
                 "one of them out"
             )
         notes.append(f"{both} are the same run (seed {run.seed}), which is counted once")
+    for run in kept.values():
+        _check_steps(group[0], run)
     names = list(dict.fromkeys(map(name_of, kept.values())))
     if len(names) > 1:
         notes.append(f"{' and '.join(names)} have the same values: one cell, {names[0]}")
     return [kept[seed] for seed in sorted(kept)], notes
+
+
+def _check_steps(one: Run, two: Run) -> None:
+    """Raises a UserError unless the two were evaluated at the same steps."""
+    for name in set(one.metric_names) & set(two.metric_names):
+        curves = [run.curve(name) for run in (one, two)]
+        if len({curve.steps for curve in curves if curve}) > 1:
+            raise UserError(
+                f"{shown(one.folder)} and {shown(two.folder)} have the same values, but {name} was "
+                "evaluated at different steps: evaluation.jsonl of one of them is damaged"
+            )
 
 
 # --- labels -----------------------------------------------------------------------------------
@@ -155,7 +168,7 @@ def check_one_world(runs: Sequence[Run]) -> None:
                     _apart(key, *((x, t.get(key)) for x, t in ((first, world), (run, other))))
                 )
     known: dict[str, Run] = {}
-    for run in (run for run in runs if not run.values.get("start")):
+    for run in (run for run in runs if not run.staged):
         for name in run.metric_names:
             before = known.setdefault(name, run)
             pair = [(x, x.evaluations[0][name]) for x in (before, run)]

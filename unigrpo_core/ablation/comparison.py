@@ -245,7 +245,7 @@ def _notes(item: Compared, other: Cell, at: At, metrics: Sequence[str]) -> list[
     if item.cost.staged and item.cost.unit == "gpu":
         notes.append(f"{cell.label}: GPU seconds are those of the last stage alone")
     for expert in item.unclipped:
-        notes.append(f"{cell.label}: the {expert} clip never acted, in no step of any seed")
+        notes.append(f"! {cell.label}: the {expert} clip never acted, in no step of any seed")
     return notes
 
 

@@ -52,6 +52,11 @@ class Run:
         return int(self.values["steps"])
 
     @property
+    def staged(self) -> bool:
+        """Whether it began with the weights of another run."""
+        return bool(self.values.get("start") or self.values.get("after"))
+
+    @property
     def prompts(self) -> tuple[int, ...]:
         """How many held-out prompts were evaluated at the start and at the end."""
         return tuple(int(self.evaluations[at]["prompts"]) for at in (0, -1))
@@ -171,11 +176,8 @@ def read_run(folder: Path) -> Run:
         if not all(isinstance(number, int) for number in (steps, seed)):
             raise TypeError("steps and seed should be whole numbers")
     with damage(folder / "summary.json"):
-        earlier = {
-            k: float(v)
-            for k, v in (summary.get("earlier") or {}).items()
-            if k in EARLIER and v is not None
-        }
+        before = summary.get("earlier") or {}
+        earlier = {key: float(before[key]) for key in EARLIER if before.get(key) is not None}
     evaluations = read_rows(folder / "evaluation.jsonl")
     metrics = read_rows(folder / "metrics.jsonl") if steps else ()
     timing = read_rows(folder / "timing.jsonl") if steps else ()

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import cos, pi, sin, sqrt, tan
+from math import cos, fsum, pi, sin, sqrt, tan
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ class Estimate:
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of at least one value, with its uncertainty."""
     n = len(values)
-    mean = sum(values) / n
+    mean = fsum(values) / n
     if n == 1:
         return Estimate(tuple(values), mean, None, None, None)
-    se = sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    se = sqrt(fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
     half = t_quantile(n - 1) * se
     return Estimate(tuple(values), mean, se, bootstrap(values), (mean - half, mean + half))
 

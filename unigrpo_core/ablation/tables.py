@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from unigrpo_core.ablation.choice import At
 from unigrpo_core.ablation.comparison import EXPERTS, Compared, Comparison
 from unigrpo_core.ablation.statistics import Estimate, Interval
 
@@ -114,7 +115,7 @@ def _differences(comparison: Comparison) -> Table:
             (_label(item), seeds, mean(value, "+"), span(value.bootstrap, "+"), span(value.t, "+"))
         )
     return Table(
-        f"{comparison.metric} at {at}, minus that of {comparison.against}, by seed",
+        f"{_placed(comparison.metric, at)}, minus that of {comparison.against}, by seed",
         ("cell", "seeds", "difference", "bootstrap 95 %", "t 95 %"),
         tuple(rows),
     )
@@ -180,6 +181,10 @@ def _costs(comparison: Comparison) -> Table:
 
 
 # --- texts ------------------------------------------------------------------------------------
+
+
+def _placed(metric: str, at: At) -> str:
+    return f"{at} {metric}" if at.kind in ("final", "best") else f"{metric} at {at}"
 
 
 def _label(item: Compared) -> str:
