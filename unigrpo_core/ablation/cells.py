@@ -47,7 +47,7 @@ def to_cells(runs: Sequence[Run]) -> tuple[tuple[Cell, ...], list[str]]:
     found = [_once(group) for group in groups.values()]
     cells = tuple(
         Cell(label, tuple(kept))
-        for label, (kept, _) in zip(_labels([kept for kept, _ in found]), found, strict=True)
+        for label, (kept, _) in zip(_labels([*groups.values()]), found, strict=True)
     )
     return cells, [note for _, notes in found for note in notes]
 
@@ -90,9 +90,10 @@ def _once(group: Sequence[Run]) -> tuple[list[Run], list[str]]:
         notes.append(f"{both} are the same run (seed {run.seed}), which is counted once")
     for run in kept.values():
         _check_steps(group[0], run)
-    names = list(dict.fromkeys(map(name_of, kept.values())))
+    names = dict.fromkeys(map(name_of, group))
     if len(names) > 1:
-        notes.append(f"{' and '.join(names)} have the same values: one cell, {names[0]}")
+        one = _most_common_name(group)
+        notes.append(f"{' and '.join(names)} have the same values: they are one cell, {one}")
     return [kept[seed] for seed in sorted(kept)], notes
 
 
@@ -107,12 +108,16 @@ def _check_steps(one: Run, two: Run) -> None:
             )
 
 
+def _most_common_name(runs: Sequence[Run]) -> str:
+    return Counter(map(name_of, runs)).most_common(1)[0][0]
+
+
 # --- labels -----------------------------------------------------------------------------------
 
 
 def _labels(cells: Sequence[Sequence[Run]]) -> list[str]:
     """A label per cell; cells of one name bear the values in which they differ."""
-    names = [name_of(runs[0]) for runs in cells]
+    names = [_most_common_name(runs) for runs in cells]
     labels = []
     for name, runs in zip(names, cells, strict=True):
         namesakes = [

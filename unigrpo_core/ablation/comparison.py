@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 from typing import Literal
 
 from unigrpo_core.ablation.cells import Cell
@@ -159,7 +160,7 @@ def _figures(cell: Cell, other: Cell, at: At, metric: str) -> Figures:
 def best_step_of(cell: Cell, metric: str) -> int:
     """The evaluated step at which the mean over the seeds is highest, the first of equal ones."""
     curves = [curve for run in cell.runs if (curve := run.curve(metric))]
-    sums = [sum(values) for values in zip(*(curve.values for curve in curves), strict=True)]
+    sums = [fsum(values) for values in zip(*(curve.values for curve in curves), strict=True)]
     return curves[0].steps[sums.index(max(sums))]
 
 
