@@ -1,8 +1,9 @@
-# make demo    train the embedded model: .venv, the package, recipes/no_cfg_mse.toml
-# make test    linters, types, import floors, tests
-# make lint    the first three of these
-# make bench   benchmarks, as JSON under benchmarks/results
-# make clean   remove .venv, caches and builds; runs stay
+# make demo          train the embedded model: .venv, the package, recipes/no_cfg_mse.toml
+# make test          linters, types, import floors, tests
+# make lint          the first three of these
+# make bench         benchmarks, as JSON under benchmarks/results
+# make ablation      the runs, tables and figures of docs/explanation/ablation.md
+# make clean         remove .venv, caches and builds; runs stay
 #
 # PYTHON names the interpreter that .venv is made with, RECIPE what the demo trains:
 #     make demo PYTHON=python3.12 RECIPE=recipes/fast.toml
@@ -18,7 +19,7 @@ OMP_NUM_THREADS ?= 1
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_NUM_THREADS OMP_WAIT_POLICY
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench ablation clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -36,6 +37,9 @@ lint: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-autosave
+
+ablation: $(VENV)/installed-test
+	$(BIN)/python benchmarks/remake.py docs/explanation/ablation.md
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

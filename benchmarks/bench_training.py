@@ -47,20 +47,20 @@ def prompts_of(setup):
 
 def bench_text_rollout(benchmark, setup):
     """144 thoughts of at most 13 tokens."""
-    rollout = benchmark(sample, setup, prompts_of(setup), Plan((12,), None), KEY)
+    rollout = benchmark(sample, setup, prompts_of(setup), Plan(("think",), (12,), None), KEY)
     assert len(rollout.segments[0].texts) == 144
 
 
 def bench_image_rollout(benchmark, drawing):
     """144 images of 8 steps, without a thought."""
-    plan = Plan((12,), drawing.training, TRAINED)
+    plan = Plan(("draw",), (12,), drawing.training, TRAINED)
     rollout = benchmark(sample, drawing, prompts_of(drawing), plan, KEY)
     assert rollout.segments[0].images.shape == (144, 3, 24, 24)
 
 
 def bench_update(benchmark, setup):
     """One replay of 144 thoughts and 432 points, forward and backward, and one step."""
-    plan = Plan(setup.recipe.group.fan_out, setup.training, TRAINED)
+    plan = Plan(setup.recipe.episode, setup.recipe.group.fan_out, setup.training, TRAINED)
     rollout = sample(setup, prompts_of(setup), plan, KEY)
     scores = score(setup.rewards, episodes(rollout, "benchmark"), details=False)
     found = tuple(advantages(setup, rollout, scores, level) for level in (0, 1))

@@ -359,7 +359,9 @@ def test_losses_and_gradients_are_those_of_the_formulas(case, tmp_path):
     key = Key((3, "cross"))
     chosen = built.source.train(3, 0, recipe.prompts)
     trained = built.window.steps(built.training.steps, key.child("window"))
-    rollout = sample(built, chosen, Plan(recipe.group.fan_out, built.training, trained), key)
+    rollout = sample(
+        built, chosen, Plan(recipe.episode, recipe.group.fan_out, built.training, trained), key
+    )
     scores = score(built.rewards, episodes(rollout, "cross"), details=False)
     found = tuple(advantages(built, rollout, scores, level) for level in (0, 1))
     data = build_train_set(built, rollout, found, scores.total, key)

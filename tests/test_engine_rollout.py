@@ -16,7 +16,7 @@ SHAPE = (SIZE[0] // 4, SIZE[1] // 4, 48)
 
 
 def rolled(setup, fan_out=(2, 3), trained=(1, 2), count=2, key=KEY, denoising=None):
-    plan = Plan(fan_out, denoising or setup.training, trained)
+    plan = Plan(setup.recipe.episode, fan_out, denoising or setup.training, trained)
     return sample(setup, prompts(count), plan, key)
 
 
@@ -151,7 +151,9 @@ def test_batching_changes_no_token_and_latents_only_by_rounding(setup, scope, gu
 def test_a_prompt_draws_the_same_in_any_company(setup):
     built = setup()
     both = rolled(built, count=2)
-    alone = sample(built, prompts(2)[1:], Plan((2, 3), built.training, (1, 2)), KEY)
+    alone = sample(
+        built, prompts(2)[1:], Plan(built.recipe.episode, (2, 3), built.training, (1, 2)), KEY
+    )
     assert text_of(both).texts[2:] == text_of(alone).texts
     torch.testing.assert_close(
         image_of(both).latents[6:], image_of(alone).latents, atol=1e-5, rtol=1e-5
@@ -318,6 +320,6 @@ def test_the_clock_knows_the_phases(setup):
 
     built = setup()
     clock = Clock(built.device)
-    sample(built, prompts(2), Plan((2, 1), built.training, ()), KEY, clock)
+    sample(built, prompts(2), Plan(built.recipe.episode, (2, 1), built.training, ()), KEY, clock)
     assert set(clock.phases) == {"text", "image"}
     assert all(seconds > 0 for seconds in clock.phases.values())

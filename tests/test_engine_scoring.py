@@ -125,7 +125,12 @@ def test_equal_groups_are_those_of_each_expert(branching):
 
 
 def batch_of(setup_):
-    rollout = sample(setup_, prompts(2), Plan((3, 1), setup_.training, ()), Key(("scoring",)))
+    rollout = sample(
+        setup_,
+        prompts(2),
+        Plan(setup_.recipe.episode, (3, 1), setup_.training, ()),
+        Key(("scoring",)),
+    )
     return episodes(rollout, "scoring")
 
 

@@ -119,6 +119,15 @@ class TextPolicy(Policy):
         tokens that may be sampled). The returned history has the texts appended.
         """
 
+    @abstractmethod
+    def append(self, history: History, written: TextSegment) -> History:
+        """The history with a given text appended to each row, as :meth:`write` would have left it
+        had it sampled these tokens, without gradient.
+
+        Raises:
+            UserError: a row would be longer than the policy takes.
+        """
+
 
 class ImageFlowPolicy(Policy):
     """A policy that draws, by the velocity field of a flow-matching model."""

@@ -43,6 +43,12 @@ class TextSegment:
     logps: Tensor  # float32 [E, L], log-prob of each token under the distribution sampled from
     texts: tuple[str, ...]  # E strings, for rewards and people
 
+    def rows(self, index: Tensor) -> TextSegment:
+        """The texts at ``index`` (int64 [E'] on the CPU), repeats allowed."""
+        texts = tuple(self.texts[row] for row in index.tolist())
+        index = index.to(self.tokens.device)
+        return TextSegment(self.tokens[index], self.mask[index], self.logps[index], texts)
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSegment:

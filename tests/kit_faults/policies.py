@@ -356,6 +356,11 @@ TEXT = [
         written(lambda s: replace(s, tokens=s.tokens.int())),
     ),
     PolicyFault(
+        "test_a_given_text_is_as_if_written",
+        "does not go on as after its own",
+        instead("append", lambda policy, real, history, written: history),
+    ),
+    PolicyFault(
         "test_writing_leaves_the_history_alone",
         "continued again",
         instead("write", spends_its_parent),

@@ -1,0 +1,1 @@
+"""Ablations: many runs of a grid of recipes, and what they say together. Imports no torch."""

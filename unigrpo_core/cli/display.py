@@ -77,7 +77,7 @@ class Lines(Reporter):
         if step == 0:
             self.began = time.perf_counter()
         self.latest = dict(means)
-        shown = "  ".join(f"{_short(name)} {value:.3f}" for name, value in means.items())
+        shown = "  ".join(f"{_short(name)} {means[name]:.3f}" for name in _shown(means))
         self.console.print(f"held-out prompts at step {step}:  {shown}", markup=False)
 
     def finished(self, folder: Path, summary: Mapping[str, Any]) -> None:
@@ -124,7 +124,10 @@ def _figures(
     for expert in ("text", "image"):
         if f"{expert}/clip_fraction" in metrics:
             yield f"{expert} clip {metrics[f'{expert}/clip_fraction']:.2f}"
-    known = ("loss", "clip_fraction", "ratio_deviation", "grad_norm", "equal_groups")
+    known = (
+        *("loss", "clip_fraction", "ratio_deviation", "equal_groups"),
+        *("grad_norm", "grad_cosine"),
+    )
     for key, value in metrics.items():
         expert, _, name = key.partition("/")
         if expert in ("text", "image") and name not in known:
@@ -133,6 +136,11 @@ def _figures(
         yield f"{metrics['tokens'] / timing['text_s']:.0f} tokens/s"
     if metrics.get("images") and timing.get("image_s"):
         yield f"{metrics['images'] / timing['image_s']:.0f} images/s"
+
+
+def _shown(means: Mapping[str, float]) -> list[str]:
+    """The scores that are worth a line: of a further view only the rewards themselves."""
+    return [name for name in means if ":" not in name or "/" not in name]
 
 
 def _short(name: str) -> str:
@@ -144,7 +152,8 @@ def _before_after(summary: Mapping[str, Any]) -> Table:
     table.add_column("mean of")
     for heading in ("before", "after", "gain"):
         table.add_column(heading, justify="right")
-    for name, gain in summary["gain"].items():
+    for name in _shown(summary["gain"]):
+        gain = summary["gain"][name]
         before, after = summary["before"][name], summary["after"][name]
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{gain:+.3f}")
     return table

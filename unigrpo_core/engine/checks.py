@@ -38,7 +38,10 @@ def check_prompts(setup: Setup) -> list[str]:
     for step in range(1, 1 + min(recipe.steps, -(-LOOKED_AT // recipe.prompts))):
         prompts += training_prompts(setup, step)
     different = {prompt.text: prompt for prompt in reversed(prompts)}
-    thought = recipe.text.max_tokens if "think" in recipe.episode else 0
+    thinks = any(
+        "think" in episode for episode in (recipe.episode, *(view.episode for view in setup.views))
+    )
+    thought = recipe.text.max_tokens if thinks else 0
     refused: list[UserError] = []
     for prompt in reversed(different.values()):
         try:

@@ -1,4 +1,4 @@
-"""Wall time per phase of a step."""
+"""What a step takes: wall time per phase, and calls of the network."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 
 @dataclass
 class Clock:
-    """Wall seconds per named phase; a GPU is waited for at both ends."""
+    """Wall seconds per named phase (a GPU is waited for at both ends), and the velocities computed,
+    each of one image at one time in one context."""
 
     device: torch.device
     phases: dict[str, float] = field(default_factory=dict)
+    calls: int = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -35,19 +35,19 @@ class Given(PromptSource):
 def draw_samples(
     resolved: Resolved, text: str, count: int, seed: int, out: Path
 ) -> list[str] | None:
-    """Writes a sheet of ``count`` episodes for the prompt and returns their thoughts, None if the
-    recipe's episode does not think. Rewards and the recipe's source are not built.
+    """Writes a sheet of ``count`` episodes for the prompt, sampled as in evaluation, and returns
+    their thoughts, None if they do not think. Rewards and the recipe's source are not built.
 
     Raises:
         UserError: ``out`` cannot be written, or the policy does not understand the prompt.
     """
     _check_place(out)
     prompt = Prompt("sample", text)
-    setup = with_policy(resolved.recipe, Given(prompt), ())
-    recipe = setup.recipe
-    setup.policy.prompt_tokens(prompt, recipe.text.max_tokens if "think" in recipe.episode else 0)
-    fan_out = (count, *(1 for _ in resolved.recipe.episode[1:]))
-    rollout = sample(setup, [prompt], Plan(fan_out, setup.evaluation), Key((seed, "sample")))
+    setup = with_policy(resolved.recipe, Given(prompt))
+    view, recipe = setup.views[0], setup.recipe
+    setup.policy.prompt_tokens(prompt, recipe.text.max_tokens if "think" in view.episode else 0)
+    plan = Plan(view.episode, (count, *(1 for _ in view.episode[1:])), view.denoising)
+    rollout = sample(setup, [prompt], plan, Key((seed, "sample")))
     check_finite(rollout)
     batch = episodes(rollout, "sample")
     cards = [

@@ -34,7 +34,7 @@ def gather(setup: Setup, step: int, clock: Clock) -> Experience:
     trained: tuple[int, ...] = ()
     if setup.window is not None and setup.training is not None:
         trained = setup.window.steps(setup.training.steps, key.child("window"))
-    plan = Plan(recipe.group.fan_out, setup.training, trained)
+    plan = Plan(recipe.episode, recipe.group.fan_out, setup.training, trained)
     rollout = sample(setup, prompts, plan, key.child("episode"), clock)
     check_finite(rollout)
     if step == 1:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from unigrpo_core.engine.checks import check_prompts, memory
 from unigrpo_core.engine.clock import Clock
+from unigrpo_core.engine.cost import Cost, earlier_cost
 from unigrpo_core.engine.evaluate import evaluate
 from unigrpo_core.engine.events import Log, events
 from unigrpo_core.engine.experience import gather
@@ -52,7 +53,7 @@ class Run:
         self.history: list[tuple[int, dict[str, float]]] = []
         self.shown: dict[int, list[Card]] = {}
         self.step = 0  # the last one that was measured
-        self.train_cpu = 0.0
+        self.cost = Cost()
 
     def __call__(self) -> dict[str, Any]:
         """Trains, evaluates, and returns the summary that it has written. Whatever ends it before
@@ -83,7 +84,7 @@ class Run:
         self._evaluate(0, log)
         for step in range(1, recipe.steps + 1):
             metrics, timing = self._step(step)
-            self.train_cpu += timing["cpu_s"]
+            self.cost = self.cost.and_step(metrics, timing)
             self.folder.append("metrics.jsonl", {"step": step, **metrics})
             self.folder.append("timing.jsonl", {"step": step, **timing})
             self.step = step
@@ -94,7 +95,8 @@ class Run:
 
     def _step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
         setup, recipe = self.setup, self.recipe
-        clock, start = Clock(setup.device), time.process_time()
+        clock, start, wall = Clock(setup.device), time.process_time(), time.perf_counter()
+        before = self.updater.calls
         found = gather(setup, step, clock)
         rollout, scores = found.rollout, found.scores
         with clock.phase("update"):
@@ -108,17 +110,23 @@ class Run:
                 for name, values in zip(scores.names, scores.values.T, strict=True)
             },
             **_sizes(rollout),
+            **_calls(rollout, clock.calls, self.updater.calls - before),
             **metrics,
         }
-        cpu = time.process_time() - start
-        return metrics, {**{f"{k}_s": v for k, v in clock.phases.items()}, "cpu_s": cpu}
+        timing = {f"{name}_s": seconds for name, seconds in clock.phases.items()}
+        timing["wall_s"] = time.perf_counter() - wall
+        return metrics, {**timing, "cpu_s": time.process_time() - start}
 
     def _evaluate(self, step: int, log: Log) -> None:
         recipe = self.recipe
         edge = step in (0, recipe.steps)
         options = recipe.evaluation
-        result = evaluate(self.setup, options.final_prompts if edge else options.prompts)
+        count = options.final_prompts if edge else options.prompts
+        main, *others = self.setup.views
+        result = evaluate(self.setup, count, main)
         means = result.means()
+        for view in others if edge else ():
+            means |= evaluate(self.setup, count, view).means()
         self.history.append((step, means))
         self.folder.append(
             "evaluation.jsonl", {"step": step, "prompts": len(result.batch), **means}
@@ -150,13 +158,22 @@ class Run:
             "before": before,
             "after": after,
             "gain": {name: after[name] - before[name] for name in before if name in after},
-            "train_cpu_s": round(self.train_cpu, 2),
+            **self.cost.rounded(),
+            "earlier": earlier_cost(self.recipe.start),
             "wall_s": round(seconds, 2),
         }
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def _calls(rollout: Rollout, sampling: int, training: int) -> dict[str, float]:
+    """Velocities computed, each of one image at one time in one context."""
+    images = sum(len(s.latents) for s in rollout.segments if isinstance(s, ImageSegment))
+    if not images:
+        return {}
+    return {"network_calls": sampling + training, "calls_per_image": sampling / images}
 
 
 def _sizes(rollout: Rollout) -> dict[str, float]:

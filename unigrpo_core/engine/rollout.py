@@ -12,19 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unigrpo_core.engine.clock import Clock
-from unigrpo_core.engine.setup import Denoising, Setup
+from unigrpo_core.engine.setup import Setup
+from unigrpo_core.engine.views import Denoising
 from unigrpo_core.interfaces import History, ImageFlowPolicy
 from unigrpo_core.keys import Key, normals
+from unigrpo_core.recipe.schema import Segment as SegmentName
 from unigrpo_core.records import ImageSegment, Prompt, Rollout, Sampling, Segment, TextSegment
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What to sample: continuations per row, how to denoise, and the stochastic steps."""
+    """What to sample: the segments, continuations per row, how to denoise, and the stochastic
+    steps. ``thoughts`` are read instead of written, one per row, if they are given."""
 
+    episode: tuple[SegmentName, ...]
     fan_out: tuple[int, ...]
     denoising: Denoising | None
     trained: tuple[int, ...] = ()
+    thoughts: TextSegment | None = None
 
 
 @torch.no_grad()
@@ -67,7 +72,7 @@ class _Sampler:
         recipe, width = self.setup.recipe, self.plan.fan_out[level]
         parents = torch.arange(len(history)).repeat_interleave(width)
         names = [keys[row].child(i % width) for i, row in enumerate(parents.tolist())]
-        limit, think = recipe.compute.rollout_rows, recipe.episode[level] == "think"
+        limit, think = recipe.compute.rollout_rows, self.plan.episode[level] == "think"
         if not think:
             limit = min(limit, recipe.compute.rollout_images or limit)
         for start in range(0, len(parents), limit):
@@ -75,10 +80,8 @@ class _Sampler:
             mine = names[start : start + limit]
             tops = [roots[row] for row in chunk.tolist()]
             if think:
-                policy = self.setup.text_policy
-                sampling = Sampling(recipe.text.max_tokens, recipe.text.temperature)
                 with self.clock.phase("text"):
-                    written, longer = policy.write(history.rows(chunk), sampling, mine)
+                    written, longer = self.think(history.rows(chunk), level, mine)
                 self.found[level].append(written)
                 self.extend(longer, level + 1, mine, tops)
             else:
@@ -87,6 +90,18 @@ class _Sampler:
                 noise = [k.child("noise") for k in scopes[recipe.image.noise_scope]]
                 with self.clock.phase("image"):
                     self.found[level].append(self.draw(history, chunk, noise, mine))
+
+    def think(
+        self, history: History, level: int, keys: Sequence[Key]
+    ) -> tuple[TextSegment, History]:
+        """One thought per row of ``history``, written or read, and the history with it."""
+        policy, given = self.setup.text_policy, self.plan.thoughts
+        if given is None:
+            text = self.setup.recipe.text
+            return policy.write(history, Sampling(text.max_tokens, text.temperature), keys)
+        done = sum(len(part.texts) for part in self.found[level] if isinstance(part, TextSegment))
+        written = given.rows(torch.arange(done, done + len(history)))
+        return written, policy.append(history, written)
 
     def draw(
         self, history: History, parents: Tensor, noise: Sequence[Key], keys: Sequence[Key]
@@ -108,7 +123,7 @@ class _Sampler:
                 for step in trained
             }
             x, stored = start.result(), _Trajectory(len(parents), shape, device)
-            guide = _Guide(policy, plan, history.rows(parents[lanes.first]))
+            guide = _Guide(policy, plan, history.rows(parents[lanes.first]), self.clock)
             for step, (now, then) in enumerate(pairwise(plan.times)):
                 level = plan.noise_level if step in trained else 0.0
                 times = tuple(
@@ -123,7 +138,7 @@ class _Sampler:
                 if lanes.shared:
                     x, mean, std, *rest = lanes.split(x, mean, std.expand_as(mean), *times)
                     times = tuple(rest)
-                    guide = _Guide(policy, plan, history.rows(parents))
+                    guide = _Guide(policy, plan, history.rows(parents), self.clock)
                 x_next = mean + std * draws[step].result()
                 stored.add(x, x_next, mean, *times)
                 x = x_next
@@ -172,21 +187,26 @@ class _Trajectory:
 
 
 class _Guide:
-    """Velocities over a history, guided where guidance is active."""
+    """Velocities over a history, guided where guidance is active; the clock counts them."""
 
-    def __init__(self, policy: ImageFlowPolicy, plan: Denoising, history: History) -> None:
+    def __init__(
+        self, policy: ImageFlowPolicy, plan: Denoising, history: History, clock: Clock
+    ) -> None:
         self.policy, self.guidance, self.history = policy, plan.guidance, history
+        self.clock = clock
         self.branches = policy.branches(history, plan.guidance.branches)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """[B, *] for x [B, *] and t [B, 1]."""
         v = self.policy.velocity(self.history, x, t[:, 0])
+        self.clock.calls += len(x)
         if not self.branches or not bool(self.guidance.active(t).any()):
             return v
         others = {
             name: self.policy.velocity(history, x, t[:, 0])[:, None]
             for name, history in self.branches.items()
         }
+        self.clock.calls += len(x) * len(others)
         return self.guidance.combine(v[:, None], others, t)[:, 0]
 
 

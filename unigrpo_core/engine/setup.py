@@ -12,17 +12,16 @@ from accelerate import Accelerator
 from unigrpo_core.engine.allocator import keep_freed_memory
 from unigrpo_core.engine.faults import passes
 from unigrpo_core.engine.penalty import checked
+from unigrpo_core.engine.views import Denoising, View, build_views, denoising, drawing
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.interfaces import (
     Advantage,
     FlowRegularizer,
-    Guidance,
     ImageFlowPolicy,
     ImageObjective,
     Policy,
     PromptSource,
     Reward,
-    Scheduler,
     TextObjective,
     TextPolicy,
     TokenRegularizer,
@@ -31,23 +30,9 @@ from unigrpo_core.interfaces import (
 from unigrpo_core.loading import said
 from unigrpo_core.plugin import Placement
 from unigrpo_core.recipe import Recipe, Resolved
-from unigrpo_core.recipe.schema import SchedulerSlot, Slot
+from unigrpo_core.recipe.schema import RewardSlot, Slot
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, eq=False)
-class Denoising:
-    """How images are sampled: by which steps, at what noise, under which guidance."""
-
-    scheduler: Scheduler
-    guidance: Guidance
-    times: tuple[float, ...]  # steps + 1, from 1 to 0
-    noise_level: float  # of the stochastic steps
-
-    @property
-    def steps(self) -> int:
-        return len(self.times) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +64,8 @@ class ImageRegularizer:
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """The built parts. ``text`` and ``image`` parts are None or empty where not trained."""
+    """The built parts. ``text`` and ``image`` parts are None or empty where not trained; the first
+    of the views is the evaluation itself."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -87,6 +73,7 @@ class Setup:
     policy: Policy
     source: PromptSource
     rewards: tuple[NamedReward, ...]
+    monitors: tuple[NamedReward, ...]
     advantage: Advantage | None
     text_objective: TextObjective | None
     text_regularizers: tuple[TextRegularizer, ...]
@@ -94,7 +81,7 @@ class Setup:
     image_regularizers: tuple[ImageRegularizer, ...]
     window: Window | None
     training: Denoising | None
-    evaluation: Denoising | None
+    views: tuple[View, ...]
 
     @property
     def text_policy(self) -> TextPolicy:
@@ -106,7 +93,7 @@ class Setup:
 
     @property
     def image_policy(self) -> ImageFlowPolicy:
-        return _draws(self.policy, self.recipe)
+        return drawing(self.policy, self.recipe)
 
 
 def build_setup(resolved: Resolved, tracking: Path | None = None) -> Setup:
@@ -119,17 +106,23 @@ def build_setup(resolved: Resolved, tracking: Path | None = None) -> Setup:
         PluginError: a component that cannot be built.
     """
     recipe = resolved.recipe
+    if recipe.after and not recipe.start:
+        raise UserError(
+            f"{resolved.name} starts where a run of {recipe.after} ends: name that run's folder "
+            "with --set start=FOLDER, or let `unigrpo ablate` run both"
+        )
     source: PromptSource = recipe.source.build()
-    rewards = _rewards(recipe)
+    rewards, monitors = _rewards(recipe)
     _check_held_out(recipe, source)
-    _check_reads(recipe, rewards)
-    return with_policy(recipe, source, rewards, tracking)
+    _check_reads(recipe, rewards, monitors)
+    return with_policy(recipe, source, rewards, monitors, tracking)
 
 
 def with_policy(
     recipe: Recipe,
     source: PromptSource,
-    rewards: tuple[NamedReward, ...],
+    rewards: tuple[NamedReward, ...] = (),
+    monitors: tuple[NamedReward, ...] = (),
     tracking: Path | None = None,
 ) -> Setup:
     """Builds the rest, the policy first; with no reward and nothing to train that is what
@@ -157,6 +150,7 @@ def with_policy(
         policy=policy,
         source=source,
         rewards=rewards,
+        monitors=monitors,
         advantage=_optional(recipe.advantage) if recipe.train else None,
         text_objective=_optional(text.objective) if train_text else None,
         text_regularizers=tuple(
@@ -173,10 +167,10 @@ def with_policy(
             if train_image and slot.weight
         ),
         window=_optional(image.window) if "draw" in recipe.episode else None,
-        training=_denoising(policy, recipe, image.scheduler, image.guidance),
-        evaluation=_denoising(
-            policy, recipe, recipe.evaluation.scheduler, recipe.evaluation.guidance
-        ),
+        training=denoising(policy, recipe, image.scheduler, image.guidance)
+        if "draw" in recipe.episode
+        else None,
+        views=build_views(policy, recipe),
     )
     _check_policy(setup)
     return setup
@@ -250,31 +244,17 @@ def _load(recipe: Recipe, policy: Policy, folder: Path) -> None:
         raise PluginError(f"{recipe.policy.who} cannot load {folder}: {said(error)}") from error
 
 
-def _rewards(recipe: Recipe) -> tuple[NamedReward, ...]:
+def _rewards(recipe: Recipe) -> tuple[tuple[NamedReward, ...], tuple[NamedReward, ...]]:
+    """The rewards and the monitors; a monitor that is one of the rewards is scored as that."""
+    same = [(slot.component, slot.options) for slot in recipe.rewards]
+    monitors = [slot for slot in recipe.monitors if (slot.component, slot.options) not in same]
     named: list[NamedReward] = []
-    for slot in recipe.rewards:
+    for slot in (*recipe.rewards, *monitors):
         twins = sum(item.name.partition("#")[0] == slot.use for item in named)
         name = f"{slot.use}#{twins + 1}" if twins else slot.use
-        named.append(NamedReward(name, slot.weight, slot.build(), slot.component.origin))
-    return tuple(named)
-
-
-def _denoising(
-    policy: Policy, recipe: Recipe, slot: SchedulerSlot | None, guidance: Slot | None
-) -> Denoising | None:
-    if slot is None or guidance is None or "draw" not in recipe.episode:
-        return None
-    scheduler: Scheduler = slot.build()
-    own = _draws(policy, recipe).time_shift(recipe.image.size)
-    shift = own if slot.shift is None else slot.shift
-    times = tuple(scheduler.times(slot.steps, shift).tolist())
-    return Denoising(scheduler, guidance.build(), times, slot.noise_level)
-
-
-def _draws(policy: Policy, recipe: Recipe) -> ImageFlowPolicy:
-    if not isinstance(policy, ImageFlowPolicy):
-        raise PluginError(f"policy {recipe.policy.use!r} draws no images, as the episode does")
-    return policy
+        weight = slot.weight if isinstance(slot, RewardSlot) else 0.0
+        named.append(NamedReward(name, weight, slot.build(), slot.component.origin))
+    return tuple(named[: len(same)]), tuple(named[len(same) :])
 
 
 def _check_held_out(recipe: Recipe, source: PromptSource) -> None:
@@ -290,23 +270,33 @@ def _check_held_out(recipe: Recipe, source: PromptSource) -> None:
 READS = {"thought": "think", "image": "draw"}  # what a reward may read, and the segment it is in
 
 
-def _check_reads(recipe: Recipe, rewards: tuple[NamedReward, ...]) -> None:
-    """Whether the episode has what the rewards read."""
-    for item in rewards:
+def _check_reads(
+    recipe: Recipe, rewards: tuple[NamedReward, ...], monitors: tuple[NamedReward, ...]
+) -> None:
+    """Whether the episodes have what they read who score them."""
+    evaluated = {
+        f"the episode of view {view.name!r}" if view.name else "the evaluated episode": view.episode
+        for view in recipe.views
+    }
+    asked = [(item, {"the episode": recipe.episode, **evaluated}) for item in rewards]
+    asked += [(item, evaluated) for item in monitors]
+    for item, scored in asked:
         for part, segment in READS.items():
-            if part in item.reward.reads and segment not in recipe.episode:
-                raise UserError(
-                    f"reward {item.name!r} of {item.origin} reads the {part}, but the episode "
-                    f"{list(recipe.episode)} has no {segment!r} segment"
-                )
+            for which, episode in scored.items():
+                if part in item.reward.reads and segment not in (episode or ()):
+                    raise UserError(
+                        f"reward {item.name!r} of {item.origin} reads the {part}, but {which} "
+                        f"{list(episode or ())} has no {segment!r} segment"
+                    )
 
 
 def _check_policy(setup: Setup) -> None:
     """What only the loaded policy can tell, before the first rollout."""
     recipe, experts = setup.recipe, setup.policy.parameters()
-    if "think" in recipe.episode:
+    episodes = [recipe.episode, *(view.episode for view in setup.views)]
+    if any("think" in episode for episode in episodes):
         assert setup.text_policy
-    if "draw" in recipe.episode:
+    if any("draw" in episode for episode in episodes):
         setup.image_policy.latent_shape(recipe.image.size)
     for expert in recipe.train:
         owned = {name: p for name, p in experts.get(expert, {}).items() if p.requires_grad}

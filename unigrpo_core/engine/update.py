@@ -1,14 +1,11 @@
 """Updates: replay, losses, gradients, steps.
 
-Total = text.weight x L_text + image.weight x L_image + sum of w_r x R_r, where every L and R is
-sum(values x weights) / sum(weights) over the whole update. All gradients accumulate, each expert
-is clipped on its own, then one step.
+All gradients of an update accumulate, each expert is clipped on its own, then one step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,43 +14,12 @@ from torch import Tensor, nn
 from unigrpo_core.engine.checks import check_reached, check_unmoved
 from unigrpo_core.engine.diagnosis import causes
 from unigrpo_core.engine.gap import Gap, finite
+from unigrpo_core.engine.kept import Kept, Values, Velocity
+from unigrpo_core.engine.losses import Losses
 from unigrpo_core.engine.setup import Setup
+from unigrpo_core.engine.signal import Signal, halves
 from unigrpo_core.engine.trainset import MicroBatch, TrainSet
-from unigrpo_core.records import FlowStep, Points, Replay, TokenStep
-
-
-@dataclass(frozen=True, eq=False)
-class Velocity:
-    """A micro-batch's velocities, [B, K, *]."""
-
-    guided: Tensor
-    conditional: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Values:
-    """Kept values of every context: of the trainer before the first update, or of an anchor."""
-
-    logps: Tensor  # float32 [B, L]
-    guided: Tensor | None  # float32 [B, K, *], after guidance
-    conditional: Tensor | None  # float32 [B, K, *]
-
-    @classmethod
-    def blank(cls, data: TrainSet) -> Values:
-        shape = None if data.points is None else data.points.x_t
-        guided = None if shape is None else torch.zeros_like(shape)
-        return cls(
-            torch.zeros_like(data.logps),
-            guided,
-            None if shape is None else torch.zeros_like(shape),
-        )
-
-    def put(self, batch: MicroBatch, logps: Tensor | None, v: Velocity | None) -> None:
-        if logps is not None:
-            self.logps[batch.rows, : logps.shape[1]] = logps.detach()
-        if v is not None and self.guided is not None and self.conditional is not None:
-            self.guided[batch.rows, batch.columns] = v.guided.detach()
-            self.conditional[batch.rows, batch.columns] = v.conditional.detach()
+from unigrpo_core.records import Points, Replay
 
 
 @dataclass(frozen=True)
@@ -66,19 +32,6 @@ class _Wanted:
     @property
     def any(self) -> bool:
         return self.text or self.image
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """The values that losses compare with."""
-
-    old: Values
-    reference: Values | None
-
-    def anchor(self, name: str) -> Values:
-        kept = self.old if name == "old" else self.reference
-        assert kept is not None
-        return kept
 
 
 class Updater:
@@ -99,6 +52,7 @@ class Updater:
         ]
         self.root: nn.Module = setup.policy.root
         self.updates = 0
+        self.calls = 0  # velocities computed so far
         if groups:
             self.root, self.optimizer = setup.accelerator.prepare(
                 setup.policy.root,
@@ -140,7 +94,7 @@ class Updater:
         metrics: dict[str, float] = {}
         for number, rows in enumerate(shares):
             first = self.updates == 0
-            metrics = self._update(data, rows, kept, gap if number == 0 else None)
+            metrics |= self._update(data, rows, kept, gap if number == 0 else None)
             if first and reference is not None:
                 self._check_reference(data, reference)
         return {**gap.metrics(), **metrics}
@@ -180,6 +134,8 @@ class Updater:
         if points is None and not want_logps:
             return None, None
         replay: Replay = self.root(data.replay_batch(setup, batch, points, want_logps=want_logps))
+        if points is not None:
+            self.calls += points.t.numel() * (1 + len(replay.branches))
         v = None
         if replay.velocities is not None and points is not None and setup.training is not None:
             guided = replay.velocities
@@ -215,25 +171,26 @@ class Updater:
     ) -> dict[str, float]:
         """One optimizer step on the rows. With ``gap``, it is the rollout's first: its own forward
         gives the old values, and the gap is checked before the step."""
-        setup, sums = self.setup, _Sums()
-        text_total, image_total = self._totals(data, rows)
-        for number, batch in enumerate(
-            data.micro_batches(rows, setup.recipe.compute.replay_tokens)
-        ):
-            points = data.part(batch)
-            logps, v = self._forward(data, batch, points, _Wanted())
-            if gap is not None:
-                self._measure(gap, data, batch, points, logps, v)
-                kept.old.put(batch, logps, v)
-                if number == 0 and v is not None and points is not None:
-                    self._measure_twice(gap, data, batch, points, v)
-            loss = torch.zeros((), device=setup.device)
-            if logps is not None:
-                loss = loss + self._text_loss(data, batch, logps, kept, text_total, sums)
-            if v is not None and points is not None:
-                loss = loss + self._image_loss(data, batch, points, v, kept, image_total, sums)
-            if loss.requires_grad:
-                setup.accelerator.backward(loss)
+        setup, losses = self.setup, Losses(self.setup, data, rows, kept)
+        signal = Signal(self.experts)
+        measured = gap is not None and self._measures_signal()
+        parts = halves(rows, data.owner) if measured else (rows,)
+        twice = gap is not None
+        for number, part in enumerate(parts):
+            if number:
+                signal.half()
+            for batch in data.micro_batches(part, setup.recipe.compute.replay_tokens):
+                points = data.part(batch)
+                logps, v = self._forward(data, batch, points, _Wanted())
+                if gap is not None:
+                    self._measure(gap, data, batch, points, logps, v)
+                    kept.old.put(batch, logps, v)
+                    if twice and v is not None and points is not None:
+                        self._measure_twice(gap, data, batch, points, v)
+                    twice = False
+                loss = losses(batch, points, logps, v)
+                if loss.requires_grad:
+                    setup.accelerator.backward(loss)
         if gap is not None:
             problems = gap.problems()
             if problems:
@@ -246,18 +203,13 @@ class Updater:
                     "image": data.image_advantages[rows] * setup.recipe.image.weight,
                 },
             )
-        return {**sums.metrics(), **self._step()}
+        return {**losses.metrics(), **signal.metrics(), **self._step()}
 
-    def _totals(self, data: TrainSet, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums of objective weights over the whole update."""
-        text, image = self.setup.text_objective, self.setup.image_objective
-        rows = rows.to(data.mask.device)
-        zero = torch.zeros((), device=data.mask.device)
-        text_total = zero if text is None else text.weights(data.mask[rows]).sum()
-        image_total = zero
-        if image is not None and data.points is not None:
-            image_total = image.weights(torch.ones_like(data.points.t[rows]).bool()).sum()
-        return text_total, image_total
+    def _measures_signal(self) -> bool:
+        """Whether it is the turn of the rollout that begins."""
+        recipe = self.setup.recipe
+        every = recipe.optimizer.signal_every * recipe.updates.count
+        return bool(every) and self.updates % every == 0
 
     def _measure_twice(
         self, gap: Gap, data: TrainSet, batch: MicroBatch, points: Points, v: Velocity
@@ -265,72 +217,6 @@ class Updater:
         assert self.setup.image_objective is not None
         again = self._guided(data, batch, points)
         gap.own(self.setup.image_objective, points, v.guided.detach(), again)
-
-    def _text_loss(
-        self,
-        data: TrainSet,
-        batch: MicroBatch,
-        logps: Tensor,
-        kept: Kept,
-        total: Tensor,
-        sums: _Sums,
-    ) -> Tensor:
-        setup, width = self.setup, logps.shape[1]
-        assert setup.text_objective is not None
-        rows = batch.rows
-        mask, old_logps = data.mask[rows, :width], kept.old.logps[rows, :width]
-        values, metrics = setup.text_objective.loss(
-            logps, old_logps, mask, data.text_advantages[rows]
-        )
-        weights = setup.text_objective.weights(mask) / total
-        term = (values * weights).sum()
-        sums.add("text/loss", term)
-        for name, value in metrics.items():
-            sums.add(f"text/{name}", (value * weights).sum())
-        loss = setup.recipe.text.weight * term
-        for item in setup.text_regularizers:
-            step = TokenStep(logps, kept.anchor(item.anchor).logps[rows, :width], mask)
-            penalty = (item.penalty(step) * weights).sum()
-            sums.add(f"text/{item.name}", penalty)
-            loss = loss + item.weight * penalty
-        return loss
-
-    def _image_loss(
-        self,
-        data: TrainSet,
-        batch: MicroBatch,
-        points: Points,
-        v: Velocity,
-        kept: Kept,
-        total: Tensor,
-        sums: _Sums,
-    ) -> Tensor:
-        setup, rows, columns = self.setup, batch.rows, batch.columns
-        assert setup.image_objective is not None
-        assert kept.old.guided is not None
-        old_v = kept.old.guided[rows, columns]
-        points = replace(points, old_mean=points.transition(old_v).mean)
-        velocities = {"current": v.guided, "old": old_v}
-        if kept.reference is not None and kept.reference.guided is not None:
-            velocities["reference"] = kept.reference.guided[rows, columns]
-        values, metrics = setup.image_objective.loss(
-            points, velocities, data.image_advantages[rows, columns], data.rewards[rows, columns]
-        )
-        weights = setup.image_objective.weights(torch.ones_like(points.t).bool()) / total
-        term = (values * weights).sum()
-        sums.add("image/loss", term)
-        for name, value in metrics.items():
-            sums.add(f"image/{name}", (value * weights).sum())
-        loss = setup.recipe.image.weight * term
-        for item in setup.image_regularizers:
-            anchor = kept.anchor(item.anchor)
-            mine = v.guided if item.on == "transition" else v.conditional
-            theirs = anchor.guided if item.on == "transition" else anchor.conditional
-            assert theirs is not None
-            penalty = (item.penalty(_step(points, mine, theirs[rows, columns])) * weights).sum()
-            sums.add(f"image/{item.name}", penalty)
-            loss = loss + item.weight * penalty
-        return loss
 
     def _step(self) -> dict[str, float]:
         recipe = self.setup.recipe.optimizer
@@ -346,29 +232,3 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         return found
-
-
-def _step(points: Points, v: Tensor, v_anchor: Tensor) -> FlowStep:
-    return FlowStep(
-        v=v,
-        v_anchor=v_anchor,
-        x_t=points.x_t,
-        t=points.t,
-        t_next=points.t_next,
-        transition=points.transition(v),
-        transition_anchor=points.transition(v_anchor),
-    )
-
-
-class _Sums:
-    """Weighted sums over micro-batches, kept as tensors until the end of the update."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, value: Tensor) -> None:
-        value = value.detach().double()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def metrics(self) -> Mapping[str, float]:
-        return {name: float(value) for name, value in self._sums.items()}

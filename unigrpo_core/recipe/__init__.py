@@ -6,6 +6,7 @@ from unigrpo_core.recipe.problems import Origin, Problem, RecipeError, did_you_m
 from unigrpo_core.recipe.resolve import Resolved, difference, load_recipe, shipped_titles
 from unigrpo_core.recipe.schema import Recipe, slots
 from unigrpo_core.recipe.shipped import find_recipe, shipped_recipes
+from unigrpo_core.recipe.source import parse_value
 
 __all__ = [
     "Origin",
@@ -17,6 +18,7 @@ __all__ = [
     "difference",
     "find_recipe",
     "load_recipe",
+    "parse_value",
     "shipped_recipes",
     "shipped_titles",
     "slots",

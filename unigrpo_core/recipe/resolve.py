@@ -22,6 +22,8 @@ from unigrpo_core.recipe.shipped import shipped_file, shipped_names
 from unigrpo_core.recipe.source import SET, Node, dotted, read_tree
 from unigrpo_core.recipe.validate import validate
 
+ASIDE = ("title", "after")  # keys that change nothing of a run: what it starts from is in start
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -45,8 +47,8 @@ class Resolved:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the values without the title, as hex."""
-        counted = {key: value for key, value in self.values.items() if key != "title"}
+        """SHA-256 of the values but for those in ASIDE, as hex."""
+        counted = {key: value for key, value in self.values.items() if key not in ASIDE}
         text = json.dumps(counted, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -61,11 +63,17 @@ class Resolved:
 
     def notes(self) -> list[str]:
         """What its components would have the user know, such as weights that are not there."""
-        return [
+        found = [
             f"{path} {slot.use}: {note}"
             for path, slot in slots(self.recipe)
             for note in slot.notes()
         ]
+        if self.recipe.after and not self.recipe.start:
+            found.append(
+                f"after: it starts where a run of {self.recipe.after} ends, which `unigrpo ablate` "
+                "makes first; `unigrpo run` needs its folder: --set start=FOLDER"
+            )
+        return found
 
     def lines(self) -> Iterator[tuple[str, str | None]]:
         """The lines of :meth:`to_toml`, each with the dotted path of the value it states."""
@@ -104,13 +112,13 @@ def load_recipe(path: str | Path, catalog: Catalog, overrides: Sequence[str] = (
 
 
 def difference(a: Resolved, b: Resolved) -> list[tuple[str, Any | None, Any | None]]:
-    """The values in which two recipes differ, as (path, in a, in b), None where there is none;
-    titles aside. Empty exactly when their hashes agree."""
+    """The values in which two recipes differ, as (path, in a, in b), None where there is none; what
+    is in ASIDE does not count. Empty exactly when their hashes agree."""
     ours, theirs = ({dotted(path): v for path, v in leaves(x.values)} for x in (a, b))
     return [
         (path, ours.get(path), theirs.get(path))
         for path in dict.fromkeys((*ours, *theirs))
-        if path != "title" and ours.get(path) != theirs.get(path)
+        if path not in ASIDE and ours.get(path) != theirs.get(path)
     ]
 
 

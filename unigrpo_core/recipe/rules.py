@@ -13,10 +13,18 @@ from typing import Any
 
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.recipe.positions import KeyPath
-from unigrpo_core.recipe.schema import EXPERT_OF, Recipe, SchedulerSlot, Slot
+from unigrpo_core.recipe.schema import (
+    EXPERT_OF,
+    GuidanceSlot,
+    Recipe,
+    SchedulerSlot,
+    Segment,
+    Slot,
+)
 from unigrpo_core.records import FlowStep, TokenStep
 
 _EPISODES = (("think", "draw"), ("draw",), ("think",))
+_VIEWS: KeyPath = ("evaluation", "views")
 
 _TOKEN_FIELDS = frozenset(field.name for field in fields(TokenStep))
 _FLOW_FIELDS = frozenset(field.name for field in fields(FlowStep)) | {"std"}
@@ -66,11 +74,36 @@ def _built(slot: Slot, path: KeyPath) -> Any:
 # --- the shape of an episode ------------------------------------------------------------------
 
 
+def _episodes(recipe: Recipe) -> Iterator[tuple[KeyPath, tuple[Segment, ...]]]:
+    """The episodes that it states, each with its path: of training, of evaluation, of views."""
+    yield ("episode",), recipe.episode
+    if recipe.evaluation.episode is not None:
+        yield ("evaluation", "episode"), recipe.evaluation.episode
+    for place, view in enumerate(recipe.evaluation.views):
+        if view.episode is not None:
+            yield (*_VIEWS, place, "episode"), view.episode
+
+
 def _episode(recipe: Recipe) -> Broke:
-    if recipe.episode not in _EPISODES:
-        may = ", ".join(str(list(episode)) for episode in _EPISODES)
-        message = f"several rounds are not supported yet; an episode may be one of {may}"
-        yield Broken(("episode",), message)
+    for path, episode in _episodes(recipe):
+        if episode not in _EPISODES:
+            may = ", ".join(str(list(one)) for one in _EPISODES)
+            message = f"several rounds are not supported yet; an episode may be one of {may}"
+            yield Broken(path, message)
+
+
+def _views(recipe: Recipe) -> Broke:
+    seen: set[str] = set()
+    for place, view in enumerate(recipe.views[1:]):
+        if view.name in seen:
+            yield Broken((*_VIEWS, place, "name"), f"{view.name!r} is stated twice")
+        seen.add(view.name)
+        if view.thoughts == "swapped" and view.episode != ("think", "draw"):
+            message = f"there is nothing to swap: its episode is {list(view.episode or ())}"
+            yield Broken((*_VIEWS, place, "thoughts"), message)
+        elif view.thoughts == "swapped" and recipe.evaluation.final_prompts < 2:
+            message = "thoughts of one prompt cannot be swapped; 2 are needed"
+            yield Broken(("evaluation", "final_prompts"), message)
 
 
 def _fan_out(recipe: Recipe) -> Broke:
@@ -114,11 +147,17 @@ def _start(recipe: Recipe) -> Broke:
         yield Broken(("start",), message)
 
 
+def _after(recipe: Recipe) -> Broke:
+    if recipe.after and not Path(recipe.after).is_file():
+        yield Broken(("after",), f"should be a recipe's file, but there is no {recipe.after}")
+
+
 # --- the methods it is filled with ------------------------------------------------------------
 
 
 def _required(recipe: Recipe) -> Broke:
     draws = "draw" in recipe.episode
+    draws_later = any("draw" in (view.episode or ()) for view in recipe.views)
     image = draws and "image" in recipe.train
     wanted: list[tuple[KeyPath, object, bool]] = [
         (("advantage",), recipe.advantage, bool(recipe.train)),
@@ -127,8 +166,8 @@ def _required(recipe: Recipe) -> Broke:
         (("image", "window"), recipe.image.window, image),
         (("image", "scheduler"), recipe.image.scheduler, draws),
         (("image", "guidance"), recipe.image.guidance, draws),
-        (("evaluation", "scheduler"), recipe.evaluation.scheduler, draws),
-        (("evaluation", "guidance"), recipe.evaluation.guidance, draws),
+        (("evaluation", "scheduler"), recipe.evaluation.scheduler, draws_later),
+        (("evaluation", "guidance"), recipe.evaluation.guidance, draws_later),
     ]
     for path, slot, needed in wanted:
         if needed and slot is None:
@@ -137,7 +176,8 @@ def _required(recipe: Recipe) -> Broke:
 
 
 def _policy(recipe: Recipe) -> Broke:
-    for segment in recipe.episode:
+    segments = dict.fromkeys(segment for _, episode in _episodes(recipe) for segment in episode)
+    for segment in segments:
         if EXPERT_OF[segment] not in recipe.policy.component.provider.provides:
             can = ", ".join(recipe.policy.component.provider.provides)
             message = (
@@ -221,20 +261,26 @@ def _regularizers(recipe: Recipe) -> Broke:
 
 def _branches(recipe: Recipe) -> Broke:
     provides = recipe.policy.component.provider.provides
-    tables = (("image", recipe.image), ("evaluation", recipe.evaluation))
-    for name, slot in ((name, table.guidance) for name, table in tables):
-        if slot is None or "draw" not in recipe.episode:
+    tables: list[tuple[KeyPath, tuple[Segment, ...] | None, GuidanceSlot | None]] = [
+        (("image", "guidance"), recipe.episode, recipe.image.guidance)
+    ]
+    for place, view in enumerate(recipe.views):
+        stated = place and recipe.evaluation.views[place - 1].guidance
+        path: KeyPath = (*_VIEWS, place - 1) if stated else ("evaluation",)
+        tables.append(((*path, "guidance"), view.episode, view.guidance))
+    for path, episode, slot in tables:
+        if slot is None or "draw" not in (episode or ()):
             continue
-        for branch in _built(slot, (name, "guidance")).branches:
+        for branch in _built(slot, path).branches:
             if f"branch:{branch}" not in provides:
                 message = (
                     f"{slot.use!r} needs the unconditional branch {branch!r}, which policy "
                     f"{recipe.policy.use!r} does not provide"
                 )
-                yield Broken((name, "guidance"), message)
+                yield Broken(path, message)
 
 
-_SHAPE_RULES = (_episode, _fan_out, _train, _updates, _start)
+_SHAPE_RULES = (_episode, _views, _fan_out, _train, _updates, _start, _after)
 _METHOD_RULES = (
     _required,
     _policy,

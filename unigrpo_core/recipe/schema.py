@@ -121,11 +121,9 @@ class PromptsSlot(Slot):
     interface = "PromptSource"
 
 
-class RewardSlot(Slot):
+class MonitorSlot(Slot):
     kind = "reward"
     interface = "Reward"
-
-    weight: float = Field(1.0, description="its share in the advantage; negative to punish")
 
     def adapted(self, built: Any) -> Any:
         """A function as the Reward that its provider describes."""
@@ -140,6 +138,10 @@ class RewardSlot(Slot):
                 'range=(0.0, 1.0), and what it reads, such as reads=("image",)'
             )
         return FunctionReward(built, frozenset(provider.reads), provider.range)
+
+
+class RewardSlot(MonitorSlot):
+    weight: float = Field(1.0, description="its share in the advantage; negative to punish")
 
 
 class AdvantageSlot(Slot):
@@ -264,6 +266,32 @@ class Optimizer(Table):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm bound of each expert")
     warmup_updates: int = Field(0, ge=0, description="updates of linear learning-rate warm-up")
+    signal_every: int = Field(
+        0,
+        ge=0,
+        description="steps between measurements of how much of the gradients is signal, at the "
+        "price of a copy of them; 0: never",
+    )
+
+
+class View(Table):
+    """A further evaluation of the same weights on the same prompts. What it does not state is as in
+    the evaluation."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="lower-case letters, digits and _")
+    episode: tuple[Segment, ...] | None = Field(None, description="the segments of an episode")
+    thoughts: Literal["own", "swapped"] = Field(
+        "own",
+        description='what is drawn: each prompt by its own thought, or ("swapped") by that of '
+        "another prompt, to see whether the image follows the thought",
+    )
+    scheduler: SchedulerSlot | None = Field(None, description="time grid and kernel of sampling")
+    guidance: GuidanceSlot | None = Field(None, description="use of unconditional velocities")
+
+    def over(self, main: View) -> View:
+        """The view with what it does not state taken from another."""
+        open_ = [key for key in type(self).model_fields if getattr(self, key) is None]
+        return self.model_copy(update={key: getattr(main, key) for key in open_})
 
 
 class Evaluation(Table):
@@ -271,8 +299,14 @@ class Evaluation(Table):
     prompts: int = Field(128, ge=1, description="held-out prompts during the run")
     final_prompts: int = Field(512, ge=1, description="held-out prompts at the start and the end")
     sheet: int = Field(6, ge=0, description="episodes on the sample sheet; 0: no sheet")
+    episode: tuple[Segment, ...] | None = Field(
+        None, description="the segments of an evaluated episode; as in training when absent"
+    )
     scheduler: SchedulerSlot | None = Field(None, description="time grid and kernel of sampling")
     guidance: GuidanceSlot | None = Field(None, description="use of unconditional velocities")
+    views: tuple[View, ...] = Field(
+        (), description="further evaluations of the same weights, at the start and the end"
+    )
 
 
 class Compute(Table):
@@ -322,9 +356,17 @@ class Recipe(Table):
     start: RecipePath = Field(
         "", description="folder of a run whose final weights to start from; empty: none"
     )
+    after: RecipePath = Field(
+        "",
+        description="recipe whose run comes first, this one starting from its final weights: "
+        "`unigrpo ablate` runs both, and alone it needs that run's folder in start; empty: none",
+    )
     policy: PolicySlot = Field(description="the model")
     source: PromptsSlot = Field(description="where prompts come from")
     rewards: tuple[RewardSlot, ...] = Field(min_length=1, description="what episodes are scored by")
+    monitors: tuple[MonitorSlot, ...] = Field(
+        (), description="rewards that evaluations score too, and that are never trained on"
+    )
     advantage: AdvantageSlot | None = Field(None, description="from rewards to advantages")
     text: Text = Field(default_factory=Text.defaults)
     image: Image = Field(default_factory=Image.defaults)
@@ -332,6 +374,18 @@ class Recipe(Table):
     evaluation: Evaluation = Field(default_factory=Evaluation.defaults)
     compute: Compute = Field(default_factory=Compute.defaults)
     plugins: Plugins = Field(default_factory=Plugins.defaults)
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """All evaluations, each with what it leaves to the evaluation filled in; the evaluation
+        itself, without a name, is the first."""
+        main = View.model_construct(
+            name="",
+            episode=self.evaluation.episode or self.episode,
+            scheduler=self.evaluation.scheduler,
+            guidance=self.evaluation.guidance,
+        )
+        return (main, *(view.over(main) for view in self.evaluation.views))
 
 
 def slots(table: Table, above: str = "") -> Iterator[tuple[str, Slot]]:
@@ -347,3 +401,5 @@ def slots(table: Table, above: str = "") -> Iterator[tuple[str, Slot]]:
             for place, item in enumerate(value):
                 if isinstance(item, Slot):
                     yield f"{path}.{place}", item
+                elif isinstance(item, Table):
+                    yield from slots(item, f"{path}.{place}.")

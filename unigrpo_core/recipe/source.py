@@ -24,6 +24,7 @@ SET = Origin(None)  # where the values of --set are from
 
 _DOTTED = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _WORD = re.compile(r"[\w~./\\:@+-]+")
+_POINT = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*')|(?<![^\s\[,=+-])\.(?=\d)""")
 
 
 @dataclass(frozen=True)
@@ -231,19 +232,28 @@ def _layers(overrides: Sequence[str], problems: list[Problem]) -> list[Node]:
     return [layer] if layer.value else []
 
 
+def parse_value(text: str) -> Any:
+    """The value of an override: TOML, or a plain word or path that needs no quotes. A number may
+    begin with its point, such as .5, which TOML does not allow.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    for toml in (text, _POINT.sub(lambda found: found[1] or "0.", text)):
+        try:
+            data = tomllib.loads(f"value = {toml}")
+        except tomllib.TOMLDecodeError:
+            continue
+        if len(data) == 1:
+            return data["value"]
+    if _WORD.fullmatch(text):
+        return text
+    hint = "; text stands in quotes, also within the shell's" if " " in text else ""
+    raise ValueError(f"{text!r} is neither a TOML value nor a plain word{hint}")
+
+
 def _value(text: str) -> Node:
-    """The value of an override: TOML, or a plain word or path that needs no quotes."""
-    try:
-        data = tomllib.loads(f"value = {text}")
-        if len(data) != 1:
-            raise ValueError("more than one value")
-        value = data["value"]
-    except ValueError:
-        if not _WORD.fullmatch(text):
-            hint = "; text stands in quotes, also within the shell's" if " " in text else ""
-            message = f"{text!r} is neither a TOML value nor a plain word{hint}"
-            raise ValueError(message) from None
-        value = text
+    """The value of an override, as :func:`parse_value` says."""
 
     def node(value: Any) -> Node:
         if isinstance(value, dict):
@@ -254,4 +264,4 @@ def _value(text: str) -> Node:
             raise ValueError("a date means nothing here; quote it")
         return Node(value, SET)
 
-    return node(value)
+    return node(parse_value(text))

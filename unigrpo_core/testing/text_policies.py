@@ -53,13 +53,28 @@ class TextPolicyConformance(PolicyConformance):
         assert same_tokens(again, first), "continued again, a history says something else"
         assert same_tokens(further, second), "a longer history was changed by its parent's"
 
+    def test_a_given_text_is_as_if_written(self, component: TextPolicy) -> None:
+        """``append`` of a written text leaves the history that ``write`` left: it continues with
+        the same tokens, with log-probs equal to rounding, and leaves the one it is given alone."""
+        history = component.open(self.prompts)
+        written, longer = self.write(component, history, keys(len(self.prompts)))
+        with unchanged(written=written):
+            given = component.append(history, written)
+        again, _ = self.write(component, history, keys(len(self.prompts)))
+        assert same_tokens(again, written), "appending to a history changed it"
+        others = keys(len(self.prompts), "after")
+        expected, _ = self.write(component, longer, others)
+        got, _ = self.write(component, given, others)
+        assert same_tokens(got, expected), "after a given text it does not go on as after its own"
+        self.close(got.logps, expected.logps, "after a given text:")
+
     def test_rows_continue_as_their_own(self, component: TextPolicy) -> None:
         """``history.rows(index)`` continues like the rows at ``index``, in any order."""
         history, names = component.open(self.prompts), keys(len(self.prompts))
         all_rows, _ = self.write(component, history, names)
         index = torch.tensor([2, 0, 2, 1])
         some, _ = self.write(component, history.rows(index), [names[row] for row in index.tolist()])
-        assert same_tokens(some, picked(all_rows, index)), "rows do not continue as they were"
+        assert same_tokens(some, all_rows.rows(index)), "rows do not continue as they were"
 
     def test_batching_changes_no_token(self, component: TextPolicy) -> None:
         """Alone every prompt gets the tokens that it gets among others, and log-probs equal to
@@ -69,7 +84,7 @@ class TextPolicyConformance(PolicyConformance):
         for row in range(len(self.prompts)):
             alone = self.context(component, [row]).written
             assert alone is not None
-            here = picked(together, torch.tensor([row]))
+            here = together.rows(torch.tensor([row]))
             assert same_tokens(alone, here), f"alone prompt {row} gets other tokens"
             self.close(alone.logps[alone.mask], here.logps[here.mask], f"prompt {row} alone:")
 
@@ -128,12 +143,6 @@ class TextPolicyConformance(PolicyConformance):
         found = gradients(component, "text", self.replay(component, self.context(component)).logps)
         assert any(gradient.any() for gradient in found), "no gradient reaches the text expert"
         assert all(torch.isfinite(gradient).all() for gradient in found), "not finite"
-
-
-def picked(written: TextSegment, index: Tensor) -> TextSegment:
-    """The texts at these rows."""
-    texts = tuple(written.texts[row] for row in index.tolist())
-    return TextSegment(written.tokens[index], written.mask[index], written.logps[index], texts)
 
 
 def same_tokens(one: TextSegment, two: TextSegment) -> bool:

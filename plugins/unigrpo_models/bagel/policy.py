@@ -132,6 +132,14 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
             return empty_history(self.network.config.llm, rows, self.place.device)
         return self._read([self.codec.system] * rows)
 
+    @torch.inference_mode()
+    def append(self, history: History, written: TextSegment) -> BagelHistory:
+        assert isinstance(history, BagelHistory)
+        thoughts = self.codec.thoughts(written.tokens.tolist(), written.mask.tolist())
+        for row, length in zip(history.ids, written.mask.sum(1).tolist(), strict=True):
+            self._room(len(row), length)
+        return self._read([[*a, *b] for a, b in zip(history.ids, thoughts, strict=True)])
+
     @torch.no_grad()
     def write(
         self, history: History, sampling: Sampling, keys: Sequence[Key]

@@ -1,0 +1,54 @@
+"""Pages of the docs whose tables are made by the commands above them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = """\
+# A page
+
+```sh remake
+echo kept > file
+```
+
+```sh remake
+cat file
+```
+
+<!-- printed -->
+what stood here
+<!-- end -->
+
+```sh
+exit 1
+```
+"""
+
+
+def remake(folder, page):
+    (folder / "page.md").write_text(page)
+    command = [sys.executable, str(ROOT / "benchmarks" / "remake.py"), "page.md"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return done, (folder / "page.md").read_text()
+
+
+def test_what_is_printed_takes_the_place_of_what_was(tmp_path):
+    done, page = remake(tmp_path, PAGE)
+    assert done.returncode == 0, done.stderr
+    expected = PAGE.replace("\nwhat stood here\n", "\n\nkept\n\n")
+    assert page == expected
+    assert remake(tmp_path, page)[1] == page
+
+
+def test_a_command_that_fails_leaves_the_page(tmp_path):
+    page = PAGE.replace("cat file", "cat no-such-file; echo more")
+    done, kept = remake(tmp_path, page)
+    assert (done.returncode, kept) == (1, page)
+    assert "page.md is as it was: a command ended with 1" in done.stderr
+    assert "no-such-file" in done.stderr
+
+
+def test_commands_find_this_unigrpo(tmp_path):
+    _, page = remake(tmp_path, PAGE.replace("cat file", "command -v unigrpo"))
+    assert f"\n{Path(sys.executable).parent / 'unigrpo'}\n" in page

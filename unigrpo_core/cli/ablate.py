@@ -1,0 +1,131 @@
+"""``unigrpo ablate``: runs a grid of recipes, axes and seeds, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli.installed import Catalogs, warned
+from unigrpo_core.cli.text import add_set
+from unigrpo_core.errors import UsageError, UserError, shown
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    from unigrpo_core.ablation.grid import Job
+    from unigrpo_core.ablation.places import State
+
+WORDS = {"new": "to run", "unfinished": "to run again: it is unfinished", "finished": "finished"}
+
+
+def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "ablate",
+        help="run recipes x axes x seeds, some at a time",
+        description="Runs every recipe with every value of every axis and every seed, each run in "
+        "a process of one thread. Finished runs are not made again, so the same command goes on "
+        "where it was stopped. A run that fails is reported and the others go on.",
+    )
+    parser.add_argument("recipe", nargs="+", metavar="RECIPE", help="a file, or a shipped recipe")
+    parser.add_argument(
+        "--axis",
+        metavar="KEY=V,V,...",
+        action="append",
+        default=[],
+        help="the values of a key in turn, e.g. image.regularizers.0.weight=0,.005,.01 "
+        "(repeatable: every combination)",
+    )
+    parser.add_argument(
+        "--seeds", metavar="S,S,...", default="0", help="seeds of every cell; default: 0"
+    )
+    parser.add_argument("--jobs", metavar="N", default="1", help="runs at a time; default: 1")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs", "ablation"),
+        help="the runs become DIR/CELL/seed-S; default: runs/ablation",
+    )
+    add_set(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the runs and what is done of them; run none"
+    )
+    parser.set_defaults(handler=ablate)
+
+
+def ablate(arguments: argparse.Namespace) -> int:
+    from unigrpo_core.ablation.grid import Job, grid, parse_seeds
+    from unigrpo_core.ablation.places import locked, unmark
+    from unigrpo_core.ablation.schedule import Schedule
+
+    seeds, slots, out = parse_seeds(arguments.seeds), _slots(arguments.jobs), arguments.out
+    catalogs = Catalogs(warned(load_catalog()))
+    cells = grid(arguments.recipe, arguments.axis, arguments.set, catalogs.of)
+    jobs = [Job(cell, seed, out) for seed in seeds for cell in cells]
+    counted = f"{_many(len(cells), 'cell')} x {_many(len(seeds), 'seed')}"
+    if arguments.dry_run:
+        states = _states(jobs)
+        _say(f"{counted} = {_many(len(jobs), 'run')} in {shown(out)}")
+        for job, state in zip(jobs, states, strict=True):
+            waits = f", after {job.first.name}" if job.first and state != "finished" else ""
+            _say(f"{job.name}: {WORDS[state]}{waits}")
+        return 0
+    with locked(out) as held:
+        states = _states(jobs)
+        finished = [job for job, state in zip(jobs, states, strict=True) if state == "finished"]
+        already = f", {len(finished)} finished already" if finished else ""
+        _say(f"{counted} = {_many(len(jobs), 'run')}{already}, {slots} at a time")
+        for job in finished:
+            unmark(job)
+        schedule = Schedule(jobs, finished, slots, held, _say)
+        try:
+            schedule()
+        except BaseException as error:
+            done = f"{len(schedule.finished)} of {_many(len(jobs), 'run')}"
+            error.add_note(f"{shown(out)} keeps {done}; the same command goes on from there")
+            raise
+    lost = list(schedule.lost.values())
+    _say(f"{len(schedule.finished)} of {_many(len(jobs), 'run')} finished")
+    for job, why in lost:
+        _say(f"  {job.name}: {why}")
+    if lost:
+        _say("the same command tries these again")
+    _say(f"results: {shown(out)}; compare them with: unigrpo compare {shlex.quote(shown(out))}")
+    return 1 if lost else 0
+
+
+def _states(jobs: Sequence[Job]) -> list[State]:
+    """The state of every run's folder.
+
+    Raises:
+        UserError: with all that is in the way.
+    """
+    from unigrpo_core.ablation.places import state
+
+    states, problems = [], []
+    for job in jobs:
+        try:
+            states.append(state(job))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return states
+
+
+def _slots(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise UsageError(f"--jobs {text}: expected how many runs at a time, such as 2")
+    return int(text)
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
