@@ -101,7 +101,9 @@ def by_hand(
             for step in steps
         ],
     )  # fmt: skip
-    timing = [{"step": s, "text_s": 0.5, "update_s": 1.0, "cpu_s": cpu} for s in steps]
+    timing = [
+        {"step": s, "text_s": 0.5, "update_s": 1.0, "wall_s": 1.75, "cpu_s": cpu} for s in steps
+    ]
     write_lines(folder / "timing.jsonl", timing)
     return folder
 
@@ -238,10 +240,21 @@ def test_stages_before_are_added(found, compare, grid):
     assert "second: no gold at 4.0 s: the stages before took 5.0 s" in data["notes"]
 
 
-def test_on_a_gpu_seconds_are_those_of_the_phases(found, tmp_path):
-    by_hand(tmp_path / "run", GOLD[0], cuda="H100", compute__device="auto")
+def test_on_a_gpu_seconds_are_those_of_the_wall(found, compare, tmp_path):
+    before = {"train_cpu_s": 1.0, "train_wall_s": 3.0, "network_calls": 0, "tokens": 0}
+    by_hand(
+        tmp_path / "run", GOLD[0], cuda="H100", compute__device="auto", earlier=before, start="/x"
+    )
     cost = found(tmp_path)["cells"][0]["cost"]
-    assert (cost["unit"], cost["seconds"]["mean"]) == ("gpu", 6.0)
+    assert (cost["unit"], cost["seconds"]["mean"]) == ("gpu", 10.0)
+    assert " 10.0+ (GPU) " in compare(tmp_path)[1]
+
+
+def test_stages_that_are_not_on_record_are_told(found, tmp_path):
+    by_hand(tmp_path / "run", GOLD[0], start="/gone")
+    assert found(tmp_path)["notes"] == [
+        "hand: what the stages before took is not on record, nor in its cost"
+    ]
 
 
 def test_views_have_a_table_of_their_own(found, compare, grid):
@@ -278,6 +291,15 @@ def test_tails_are_as_long_as_they_must_be(found, tmp_path):
     by_hand(tmp_path / "hand-2", GOLD[0], image__lr=1e-4, text__lr=1e-5)
     labels = [c["cell"] for c in found(tmp_path)["cells"]]
     assert labels == ["hand text.lr=0.001 image.lr=0.001", "hand text.lr=1e-05 image.lr=0.0001"]
+
+
+def test_another_plugin_file_makes_another_cell(found, tmp_path):
+    for number, sha in enumerate(("a1b2c3d4e5", "ffffffff00")):
+        file = by_hand(tmp_path / f"hand-{number}", GOLD[number]) / "run.json"
+        about = json.loads(file.read_text()) | {"plugin_file": {"file": "p.py", "sha256": sha}}
+        file.write_text(json.dumps(about))
+    labels = [c["cell"] for c in found(tmp_path)["cells"]]
+    assert labels == ['hand plugin_file="a1b2c3d4"', 'hand plugin_file="ffffffff"']
 
 
 def test_the_same_run_twice_is_counted_once(found, grid):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from unigrpo_core.ablation.axes import tails
 from unigrpo_core.ablation.runs import Run
 from unigrpo_core.errors import UserError, shown
 from unigrpo_core.recipe import toml_value
@@ -55,7 +56,7 @@ def to_cells(runs: Sequence[Run]) -> tuple[tuple[Cell, ...], list[str]]:
 def _identity(run: Run) -> tuple[object, ...]:
     """Equal for the runs of one cell. What a later stage starts from is another folder for every
     seed, so there the name tells cells apart."""
-    values = {key: value for key, value in flat(run.values).items() if key not in APART}
+    values = {key: value for key, value in said(run).items() if key not in APART}
     return (
         tuple(sorted((key, toml_value(value)) for key, value in values.items())),
         name_of(run) if run.staged else None,
@@ -68,9 +69,10 @@ def name_of(run: Run) -> str:
     return folder.parent.name if re.fullmatch(r"seed-\d+", folder.name) else run.name
 
 
-def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by their dotted paths."""
-    return {".".join(map(str, path)): value for path, value in leaves(values)}
+def said(run: Run) -> dict[str, Any]:
+    """What made a run: its recipe's values by their dotted paths, and the plugin file beside it."""
+    values = {".".join(map(str, path)): value for path, value in leaves(run.values)}
+    return values | ({"plugin_file": run.plugin_file[:8]} if run.plugin_file else {})
 
 
 def _once(group: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -120,14 +122,12 @@ def _labels(cells: Sequence[Sequence[Run]]) -> list[str]:
     names = [_most_common_name(runs) for runs in cells]
     labels = []
     for name, runs in zip(names, cells, strict=True):
-        namesakes = [
-            flat(o[0].values) for other, o in zip(names, cells, strict=True) if other == name
-        ]
+        namesakes = [said(o[0]) for other, o in zip(names, cells, strict=True) if other == name]
         paths = [path for path in _differing(namesakes) if path not in APART]
-        mine = flat(runs[0].values)
+        mine = said(runs[0])
         marks = [
             f"{tail}={toml_value(mine[path]) if path in mine else '-'}"
-            for path, tail in zip(paths, _tails(paths), strict=True)
+            for path, tail in zip(paths, tails(paths), strict=True)
         ]
         labels.append(" ".join([name, *marks]))
     return _distinct(labels)
@@ -146,16 +146,6 @@ def _distinct(labels: Sequence[str]) -> list[str]:
 def _differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     paths = dict.fromkeys(path for table in tables for path in table)
     return [p for p in paths if any(table.get(p) != tables[0].get(p) for table in tables)]
-
-
-def _tails(paths: Sequence[str]) -> Iterator[str]:
-    """The shortest end of each path that no other of the paths ends in."""
-    for path in paths:
-        parts = path.split(".")
-        tails = (".".join(parts[place:]) for place in range(len(parts) - 1, -1, -1))
-        yield next(
-            (t for t in tails if sum(f".{other}".endswith(f".{t}") for other in paths) == 1), path
-        )
 
 
 # --- one world --------------------------------------------------------------------------------
@@ -186,7 +176,7 @@ def check_one_world(runs: Sequence[Run]) -> None:
 
 def _world(run: Run) -> dict[str, Any]:
     """What must be equal for runs to be compared, by dotted path."""
-    values = flat(run.values)
+    values = said(run)
     found = {key: value for key, value in values.items() if WORLD.fullmatch(key)}
     found.setdefault("evaluation.episode", values.get("episode"))
     return {**found, "prompts evaluated": list(run.prompts)}

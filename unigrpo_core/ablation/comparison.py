@@ -243,8 +243,8 @@ def _notes(item: Compared, other: Cell, at: At, metrics: Sequence[str]) -> list[
         notes.append(
             f"{cell.label} and {other.label} are paired by the seeds that both have: {which}"
         )
-    if item.cost.staged and item.cost.unit == "gpu":
-        notes.append(f"{cell.label}: GPU seconds are those of the last stage alone")
+    if any(run.staged and not run.earlier for run in cell.runs):
+        notes.append(f"{cell.label}: what the stages before took is not on record, nor in its cost")
     for expert in item.unclipped:
         notes.append(f"! {cell.label}: the {expert} clip never acted, in no step of any seed")
     return notes

@@ -16,7 +16,7 @@ from typing import Any
 from unigrpo_core.ablation.files import Row, damage, read_json, read_rows
 from unigrpo_core.errors import UserError, shown
 
-EARLIER = ("train_cpu_s", "network_calls", "tokens")
+EARLIER = ("train_cpu_s", "train_wall_s", "network_calls", "tokens")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Run:
     folder: Path
     name: str
     values: Mapping[str, Any]
+    plugin_file: str  # SHA-256 of the plugin file beside the recipe, empty if there was none
     on_gpu: bool
     earlier: Mapping[str, float]  # what the stages before took, by the keys EARLIER
     evaluations: tuple[Row, ...]
@@ -78,18 +79,14 @@ class Run:
     @cached_property
     def seconds(self) -> tuple[float, ...]:
         """What the training steps took, one number per step: CPU-seconds of the process, or on a
-        GPU the wall seconds of the phases, each of which waits for the device."""
-        if not self.on_gpu:
-            return tuple(float(row["cpu_s"]) for row in self.timing)
-        return tuple(
-            sum(float(value) for key, value in row.items() if key.endswith("_s") and key != "cpu_s")
-            for row in self.timing
-        )
+        GPU the wall seconds for which it was held."""
+        key = "wall_s" if self.on_gpu else "cpu_s"
+        return tuple(float(row[key]) for row in self.timing)
 
     @cached_property
     def clock(self) -> tuple[float, ...]:
         """Seconds since the first stage began, after 0, 1, ... steps."""
-        start = 0.0 if self.on_gpu else self.earlier.get("train_cpu_s", 0.0)
+        start = self.earlier.get("train_wall_s" if self.on_gpu else "train_cpu_s", 0.0)
         return tuple(accumulate(self.seconds, initial=start))
 
     def curve(self, metric: str) -> Curve | None:
@@ -173,6 +170,7 @@ def read_run(folder: Path) -> Run:
         values = about["values"]
         steps, seed, name = values["steps"], values["seed"], about["recipe"]
         cuda, device = about["environment"]["cuda"], values["compute"]["device"]
+        plugin_file = (about.get("plugin_file") or {}).get("sha256", "")
         if not all(isinstance(number, int) for number in (steps, seed)):
             raise TypeError("steps and seed should be whole numbers")
     with damage(folder / "summary.json"):
@@ -190,11 +188,11 @@ def read_run(folder: Path) -> Run:
     for number, row in enumerate(evaluations, 1):
         with damage(folder / "evaluation.jsonl", number):
             row["prompts"]
+    on_gpu = cuda is not None and device != "cpu"
     for number, row in enumerate(timing, 1):
         with damage(folder / "timing.jsonl", number):
-            row["cpu_s"]
-    on_gpu = cuda is not None and device != "cpu"
-    run = Run(folder, name, values, on_gpu, earlier, evaluations, metrics, timing)
+            row["wall_s" if on_gpu else "cpu_s"]
+    run = Run(folder, name, values, plugin_file, on_gpu, earlier, evaluations, metrics, timing)
     if not run.metric_names:
         raise UserError(f"{shown(folder / 'evaluation.jsonl')} is damaged: it has no metric")
     return run

@@ -164,7 +164,7 @@ def _costs(comparison: Comparison) -> Table:
         rows.append(
             (
                 _label(item),
-                f"{cost.seconds.mean:.1f}{'' if unit else plus}{unit}",
+                f"{cost.seconds.mean:.1f}{plus}{unit}",
                 count(cost.calls_per_image),
                 count(cost.network_calls, plus),
                 count(cost.tokens, plus),
