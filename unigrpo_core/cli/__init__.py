@@ -9,10 +9,10 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from unigrpo_core.cli import ablate, check, plugins, run, sample, show
+from unigrpo_core.cli import ablate, check, compare, plugins, run, sample, show
 from unigrpo_core.errors import UserError
 
-VERBS = (run, check, show, plugins, sample, ablate)
+VERBS = (run, check, show, plugins, sample, ablate, compare)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

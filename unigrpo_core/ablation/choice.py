@@ -1,0 +1,120 @@
+"""What is compared: the metric, the proxy, the reference cell, and where in a run; as asked for, or
+chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from unigrpo_core.ablation.cells import Cell
+from unigrpo_core.ablation.runs import Run
+from unigrpo_core.errors import UsageError
+from unigrpo_core.recipe import did_you_mean
+
+REFERENCE = "joint"
+
+
+@dataclass(frozen=True)
+class At:
+    """Where in a run values are taken; ``where`` is the training step or the CPU-second (of
+    training, the stages before included), infinite for the largest that all cells reach."""
+
+    kind: Literal["final", "best", "step", "cpu"]
+    where: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``final``, ``best``, ``step:N``, ``cpu:SECONDS`` or ``cpu:min``."""
+        kind, _, where = text.partition(":")
+        try:
+            if text in ("final", "best"):
+                return cls("final" if text == "final" else "best")
+            if kind == "step" and where.isdecimal():
+                return cls("step", int(where))
+            if kind == "cpu":
+                number = float("inf") if where == "min" else float(where)
+                if number >= 0 and (where == "min" or number < float("inf")):
+                    return cls("cpu", number)
+        except ValueError:
+            pass
+        raise UsageError(f"--at {text}: expected final, best, step:N, cpu:SECONDS or cpu:min")
+
+    def resolved(self, cells: Sequence[Cell]) -> Self:
+        """With the largest budget that all trained runs reach, if that was asked for.
+
+        Raises:
+            UsageError: CPU-seconds are asked for and some runs, or all, were on a GPU.
+        """
+        if self.kind != "cpu":
+            return self
+        runs = [run for cell in cells for run in cell.runs if run.steps]
+        if len({run.on_gpu for run in runs}) > 1:
+            raise UsageError("--at cpu: some runs were on a CPU, others on a GPU; take --at step:N")
+        if self.where < float("inf"):
+            return self
+        return replace(self, where=min((run.clock[-1] for run in runs), default=0.0))
+
+    def __str__(self) -> str:
+        if self.kind in ("final", "best"):
+            return self.kind
+        return f"step {self.where:g}" if self.kind == "step" else f"{self.where:.1f} s"
+
+
+def choose_metric(cells: Sequence[Cell], asked: str | None) -> str:
+    """The metric asked for; else the first monitor, else the first reward, that all runs have (or
+    if there is none such, that some have)."""
+    if asked is not None:
+        return _known(cells, "--metric", asked)
+    runs = _runs(cells)
+    listed = [*(row for run in runs for row in run.monitors), *(r for x in runs for r in x.rewards)]
+    names = list(dict.fromkeys([*(str(row["use"]) for row in listed), *_metrics(cells)]))
+    everywhere = [name for name in names if all(name in run.metric_names for run in runs)]
+    somewhere = [name for name in names if any(name in run.metric_names for run in runs)]
+    return (everywhere + somewhere)[0]
+
+
+def choose_proxy(
+    cells: Sequence[Cell], gold: str, asked: str | None
+) -> tuple[str | None, list[str]]:
+    """The proxy asked for; else the reward other than the gold that most cells were trained on, by
+    a weight that is not 0. With a note on others that were trained on."""
+    if asked is not None:
+        return _known(cells, "--proxy", asked), []
+    counts: dict[str, int] = {}
+    for cell in cells:
+        for row in cell.runs[0].rewards:
+            if row.get("weight", 1.0) and row["use"] != gold:
+                counts[row["use"]] = counts.get(row["use"], 0) + 1
+    names = [n for n in counts if any(n in run.metric_names for run in _runs(cells))]
+    if not names:
+        return None, []
+    chosen = max(names, key=lambda name: counts[name])
+    others = [name for name in names if name != chosen]
+    note = f"the proxy is {chosen}; also trained on: {', '.join(others)} (--proxy NAME)"
+    return chosen, [note] if others else []
+
+
+def choose_against(cells: Sequence[Cell], asked: str | None) -> Cell:
+    """The cell asked for; else the one called joint, else the first."""
+    labels = {cell.label: cell for cell in cells}
+    if asked is None:
+        return labels.get(REFERENCE, cells[0])
+    if asked not in labels:
+        raise UsageError(f"--against {asked}: no such cell{did_you_mean(asked, list(labels))}")
+    return labels[asked]
+
+
+def _known(cells: Sequence[Cell], option: str, name: str) -> str:
+    names = _metrics(cells)
+    if name not in names:
+        raise UsageError(f"{option} {name}: no run has this metric{did_you_mean(name, names)}")
+    return name
+
+
+def _metrics(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(name for run in _runs(cells) for name in run.metric_names))
+
+
+def _runs(cells: Sequence[Cell]) -> list[Run]:
+    return [run for cell in cells for run in cell.runs]

@@ -1,0 +1,264 @@
+"""Cells compared: every figure of every cell, with its uncertainty over the seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum
+from typing import Literal
+
+from unigrpo_core.ablation.cells import Cell
+from unigrpo_core.ablation.choice import At, choose_against, choose_metric, choose_proxy
+from unigrpo_core.ablation.runs import Run
+from unigrpo_core.ablation.statistics import Estimate, between, estimate
+
+EXPERTS = ("text", "image")
+BySeed = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A cell minus the one it is compared with, over the seeds that both have."""
+
+    seeds: tuple[int, ...]
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One metric of one cell. ``best`` is at ``best_step``, the evaluated step with the highest
+    mean over the seeds; ``at`` is the value that was asked for, ``gain`` its distance from the
+    start; these and ``difference`` are None where there is no such value."""
+
+    start: Estimate
+    final: Estimate
+    best: Estimate
+    best_step: int
+    at: Estimate | None
+    gain: Estimate | None
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of the cell took, the stages before it included; None where it was not counted.
+    ``seconds`` are of training alone, on the device that ``unit`` says. ``staged``: whether there
+    were stages before."""
+
+    unit: Literal["cpu", "gpu"]
+    seconds: Estimate
+    network_calls: Estimate | None
+    calls_per_image: Estimate | None
+    tokens: Estimate | None
+    staged: bool
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All of one cell. ``signal``: by expert, the mean cosine between the gradients of two halves
+    of an update's prompts. ``clip``: by trained expert, the largest clip fraction of any step and
+    seed. Experts without such a figure are absent."""
+
+    cell: Cell
+    metrics: Mapping[str, Figures]
+    cost: Cost
+    signal: Mapping[str, Estimate]
+    clip: Mapping[str, float]
+
+    @property
+    def unclipped(self) -> tuple[str, ...]:
+        """The trained experts whose clip never acted."""
+        return tuple(expert for expert, most in self.clip.items() if most == 0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``unigrpo compare`` shows. ``proxy`` is None where no other reward was trained on."""
+
+    metric: str
+    proxy: str | None
+    against: str
+    at: At
+    cells: tuple[Compared, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views in which the metric was evaluated."""
+        tail = f":{self.metric}"
+        names = dict.fromkeys(name for compared in self.cells for name in compared.metrics)
+        return tuple(name.removesuffix(tail) for name in names if name.endswith(tail))
+
+
+def compare(
+    cells: Sequence[Cell],
+    metric: str | None = None,
+    against: str | None = None,
+    at: At = At("final"),  # noqa: B008 (frozen)
+    proxy: str | None = None,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Compares at least one cell. What is None is chosen: see :mod:`unigrpo_core.ablation.choice`.
+    ``notes`` come before those of the comparison.
+
+    Raises:
+        UsageError: no run has the metric or proxy, or no cell the name.
+    """
+    gold = choose_metric(cells, metric)
+    shown_proxy, found = choose_proxy(cells, gold, proxy)
+    other = choose_against(cells, against)
+    at = at.resolved(cells)
+    compared = tuple(_compared(cell, other, at) for cell in cells)
+    for item in compared:
+        found += _notes(item, other, at, [name for name in (gold, shown_proxy) if name])
+    if len({run.on_gpu for cell in cells for run in cell.runs}) > 1:
+        found.append("some runs were on a CPU, others on a GPU: their seconds cannot be compared")
+    return Comparison(gold, shown_proxy, other.label, at, compared, (*notes, *found))
+
+
+def _compared(cell: Cell, other: Cell, at: At) -> Compared:
+    names = [n for n in cell.runs[0].metric_names if all(n in r.metric_names for r in cell.runs)]
+    signal = {expert: _means(cell, f"{expert}/grad_cosine") for expert in EXPERTS}
+    clip = {
+        expert: [f for run in cell.runs for f in run.each(f"{expert}/clip_fraction")]
+        for expert in cell.runs[0].values.get("train", ())
+    }
+    return Compared(
+        cell,
+        {name: _figures(cell, other, at, name) for name in names},
+        _cost(cell),
+        {expert: found for expert, found in signal.items() if found is not None},
+        {expert: max(fractions) for expert, fractions in clip.items() if fractions},
+    )
+
+
+# --- values -----------------------------------------------------------------------------------
+
+
+def _figures(cell: Cell, other: Cell, at: At, metric: str) -> Figures:
+    curves = [curve for run in cell.runs if (curve := run.curve(metric))]
+    start = {run.seed: curve.values[0] for run, curve in zip(cell.runs, curves, strict=True)}
+    final = [curve.values[-1] for curve in curves]
+    best_step = best_step_of(cell, metric)
+    found = values_at(cell, metric, at)
+    theirs = values_at(other, metric, at)
+    difference = None
+    if cell is not other and found and theirs and (common := sorted(found.keys() & theirs)):
+        pairs = [found[seed] - theirs[seed] for seed in common]
+        difference = Difference(tuple(common), estimate(pairs))
+    return Figures(
+        estimate(tuple(start.values())),
+        estimate(final),
+        estimate([curve.values[curve.steps.index(best_step)] for curve in curves]),
+        best_step,
+        estimate(tuple(found.values())) if found else None,
+        estimate([value - start[seed] for seed, value in found.items()]) if found else None,
+        difference,
+    )
+
+
+def best_step_of(cell: Cell, metric: str) -> int:
+    """The evaluated step at which the mean over the seeds is highest, the first of equal ones."""
+    curves = [curve for run in cell.runs if (curve := run.curve(metric))]
+    sums = [fsum(values) for values in zip(*(curve.values for curve in curves), strict=True)]
+    return curves[0].steps[sums.index(max(sums))]
+
+
+def values_at(cell: Cell, metric: str, at: At) -> dict[int, float] | None:
+    """By seed, the metric where it is asked for; None if a run of the cell does not have it there.
+
+    Between two evaluations it is interpolated linearly, unless the metric is evaluated at the
+    start and the end only. A run of 0 steps stays as it is.
+    """
+    found: dict[int, float] = {}
+    if any(run.curve(metric) is None for run in cell.runs):
+        return None
+    step = best_step_of(cell, metric) if at.kind == "best" else None
+    for run in cell.runs:
+        curve = run.curve(metric)
+        assert curve is not None
+        value: float | None
+        if at.kind == "final" or not run.steps:
+            value = curve.values[-1]
+        elif step is not None:
+            value = curve.values[curve.steps.index(step)]
+        elif len(curve.steps) < len(run.evaluations):
+            value = None
+        else:
+            places = curve.steps if at.kind == "step" else curve.seconds
+            value = between(places, curve.values, at.where)
+        if value is None:
+            return None
+        found[run.seed] = value
+    return found
+
+
+# --- cost and signal --------------------------------------------------------------------------
+
+
+def _cost(cell: Cell) -> Cost:
+    return Cost(
+        "gpu" if cell.runs[0].on_gpu else "cpu",
+        estimate([run.clock[-1] for run in cell.runs]),
+        _totals(cell, "network_calls"),
+        _means(cell, "calls_per_image"),
+        _totals(cell, "tokens"),
+        any(run.earlier for run in cell.runs),
+    )
+
+
+def _totals(cell: Cell, key: str) -> Estimate | None:
+    totals = [_total(run, key) for run in cell.runs]
+    known = [total for total in totals if total is not None]
+    return estimate(known) if len(known) == len(totals) else None
+
+
+def _total(run: Run, key: str) -> float | None:
+    """Of a run and the stages before it."""
+    own = run.total(key)
+    before = run.earlier.get(key) if run.earlier else 0.0
+    return None if own is None or before is None else own + before
+
+
+def _means(cell: Cell, key: str) -> Estimate | None:
+    """The mean over the steps that have the metric, if every run has some."""
+    found = [run.each(key) for run in cell.runs]
+    return estimate([sum(row) / len(row) for row in found]) if all(found) else None
+
+
+# --- notes ------------------------------------------------------------------------------------
+
+
+def _notes(item: Compared, other: Cell, at: At, metrics: Sequence[str]) -> list[str]:
+    """What the figures of a cell do not say themselves."""
+    cell, notes = item.cell, []
+    for name in metrics:
+        if name not in item.metrics:
+            notes.append(f"{cell.label}: {name} was not evaluated in every run")
+        elif item.metrics[name].at is None:
+            notes.append(f"{cell.label}: no {name} at {at}: {_why(cell, name, at)}")
+    common = set(cell.seeds) & set(other.seeds)
+    if cell.seeds != other.seeds:
+        which = f"{', '.join(map(str, sorted(common)))} only" if common else "none"
+        notes.append(
+            f"{cell.label} and {other.label} are paired by the seeds that both have: {which}"
+        )
+    if any(run.staged and not run.earlier for run in cell.runs):
+        notes.append(f"{cell.label}: what the stages before took is not on record, nor in its cost")
+    for expert in item.unclipped:
+        notes.append(f"! {cell.label}: the {expert} clip never acted, in no step of any seed")
+    return notes
+
+
+def _why(cell: Cell, metric: str, at: At) -> str:
+    run = cell.runs[0]
+    curve = run.curve(metric)
+    if curve is not None and len(curve.steps) < len(run.evaluations):
+        return "it is evaluated at the start and the end only"
+    if at.kind == "step":
+        return f"it ends at step {cell.runs[0].steps}"
+    late = max(run.clock[0] for run in cell.runs)
+    if late > at.where:
+        return f"the stages before took {late:.1f} s"
+    least = min(cell.runs, key=lambda run: run.clock[-1])
+    return f"seed {least.seed} ends at {least.clock[-1]:.1f} s"

@@ -1,0 +1,214 @@
+"""A comparison as tables for people: on a terminal, or as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from unigrpo_core.ablation.choice import At
+from unigrpo_core.ablation.comparison import EXPERTS, Compared, Comparison
+from unigrpo_core.ablation.statistics import Estimate, Interval
+
+NOTHING = "-"
+UNCLIPPED = "!"
+
+
+@dataclass(frozen=True)
+class Table:
+    """``header`` and every row have one text per column."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tables(comparison: Comparison) -> Iterator[Table]:
+    """All tables of a comparison that have something to show."""
+    yield _values(comparison)
+    if len(comparison.cells) > 1:
+        yield _differences(comparison)
+    if comparison.proxy:
+        yield _proxy(comparison, comparison.proxy)
+    if comparison.views:
+        yield _views(comparison)
+    yield _costs(comparison)
+
+
+def as_text(comparison: Comparison) -> str:
+    """For a terminal: columns aligned, numbers to the right."""
+    parts = [f"{table.title}\n{_aligned(table)}" for table in tables(comparison)]
+    return "\n\n".join(parts) + _notes(comparison, "note: ", "\n\n")
+
+
+def as_markdown(comparison: Comparison) -> str:
+    parts = []
+    for table in tables(comparison):
+        lines = [table.header, ("---", *("--:" for _ in table.header[1:])), *table.rows]
+        body = "\n".join(f"| {' | '.join(_escaped(c) for c in line)} |" for line in lines)
+        parts.append(f"**{_escaped(table.title)}**\n\n{body}")
+    return "\n\n".join(parts) + _notes(comparison, "- ", "\n\n")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+def _notes(comparison: Comparison, mark: str, above: str) -> str:
+    lines = "\n".join(mark + note for note in comparison.notes)
+    return above + lines if lines else ""
+
+
+def _aligned(table: Table) -> str:
+    rows = [table.header, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        ).rstrip()
+        for row in rows
+    )
+
+
+# --- the tables -------------------------------------------------------------------------------
+
+
+def _values(comparison: Comparison) -> Table:
+    at, metric = comparison.at, comparison.metric
+    between = at.kind in ("step", "cpu")
+    header = ["cell", "seeds", "steps", "start", "final", "95 %", "best", "of step"]
+    header += [str(at), "95 %"] if between else []
+    header.append("gain" if at.kind == "final" else f"gain at {at}")
+    rows = []
+    for item in comparison.cells:
+        run, figures = item.cell.runs[0], item.metrics.get(metric)
+        row = [_label(item), str(len(item.cell.runs)), str(run.steps)]
+        if figures is None:
+            rows.append((*row, *(NOTHING for _ in header[3:])))
+            continue
+        row += [number(figures.start.mean), mean(figures.final), span(figures.final.bootstrap)]
+        row += [mean(figures.best), str(figures.best_step)]
+        if between:
+            row += [mean(figures.at), span(figures.at.bootstrap if figures.at else None)]
+        rows.append((*row, mean(figures.gain, "+")))
+    first, last = comparison.cells[0].cell.runs[0].prompts
+    prompts = f"{last}" if first == last else f"{first} and {last}"
+    return Table(f"{metric} on {prompts} held-out prompts", tuple(header), tuple(rows))
+
+
+def _differences(comparison: Comparison) -> Table:
+    at = comparison.at
+    rows = []
+    for item in comparison.cells:
+        if item.cell.label == comparison.against:
+            continue
+        figures = item.metrics.get(comparison.metric)
+        found = figures.difference if figures else None
+        if found is None:
+            rows.append((_label(item), *[NOTHING] * 4))
+            continue
+        value = found.estimate
+        seeds = " ".join(map(str, found.seeds))
+        rows.append(
+            (_label(item), seeds, mean(value, "+"), span(value.bootstrap, "+"), span(value.t, "+"))
+        )
+    return Table(
+        f"{_placed(comparison.metric, at)}, minus that of {comparison.against}, by seed",
+        ("cell", "seeds", "difference", "bootstrap 95 %", "t 95 %"),
+        tuple(rows),
+    )
+
+
+def _proxy(comparison: Comparison, proxy: str) -> Table:
+    rows = []
+    for item in comparison.cells:
+        row = [_label(item)]
+        for name in (proxy, comparison.metric):
+            figures = item.metrics.get(name)
+            if figures is None:
+                row += [NOTHING] * 2
+            else:
+                row += [f"{number(figures.start.mean)} > {mean(figures.at)}"]
+                row += [mean(figures.gain, "+")]
+        rows.append(tuple(row))
+    return Table(
+        f"proxy {proxy} against gold {comparison.metric}, start > {comparison.at}",
+        ("cell", "proxy", "gain", "gold", "gain"),
+        tuple(rows),
+    )
+
+
+def _views(comparison: Comparison) -> Table:
+    names = [comparison.metric, *(f"{view}:{comparison.metric}" for view in comparison.views)]
+    rows = []
+    for item in comparison.cells:
+        found = (item.metrics.get(name) for name in names)
+        rows.append(
+            (_label(item), *(mean(figures.final if figures else None) for figures in found))
+        )
+    return Table(
+        f"final {comparison.metric} by view",
+        ("cell", "as trained for", *comparison.views),
+        tuple(rows),
+    )
+
+
+def _costs(comparison: Comparison) -> Table:
+    header = ("cell", "train s", "calls/image", "network calls", "tokens", "signal text", "image")
+    rows = []
+    for item in comparison.cells:
+        cost, plus = item.cost, "+" if item.cost.staged else ""
+        unit = " (GPU)" if cost.unit == "gpu" else ""
+        rows.append(
+            (
+                _label(item),
+                f"{cost.seconds.mean:.1f}{plus}{unit}",
+                count(cost.calls_per_image),
+                count(cost.network_calls, plus),
+                count(cost.tokens, plus),
+                *(
+                    f"{item.signal[expert].mean:+.2f}" if expert in item.signal else NOTHING
+                    for expert in EXPERTS
+                ),
+            )
+        )
+    title = "cost per run, and signal (mean cosine between the gradients of half-batches)"
+    if any(item.cost.staged for item in comparison.cells):
+        title += "; +: with the stages before"
+    return Table(title, header, tuple(rows))
+
+
+# --- texts ------------------------------------------------------------------------------------
+
+
+def _placed(metric: str, at: At) -> str:
+    return f"{at} {metric}" if at.kind in ("final", "best") else f"{metric} at {at}"
+
+
+def _label(item: Compared) -> str:
+    return f"{item.cell.label} {UNCLIPPED}" if item.unclipped else item.cell.label
+
+
+def number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}"
+
+
+def mean(value: Estimate | None, sign: str = "") -> str:
+    """A mean, and behind it the standard error if there is one."""
+    if value is None:
+        return NOTHING
+    text = number(value.mean, sign)
+    return text if value.se is None else f"{text} ± {value.se:.3f}"
+
+
+def span(interval: Interval | None, sign: str = "") -> str:
+    return NOTHING if interval is None else f"[{', '.join(number(end, sign) for end in interval)}]"
+
+
+def count(value: Estimate | None, mark: str = "") -> str:
+    if value is None:
+        return NOTHING
+    whole = f"{value.mean:,.0f}" if value.mean >= 100 else f"{value.mean:.3g}"
+    return whole + mark
