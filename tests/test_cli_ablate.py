@@ -229,8 +229,8 @@ def test_interrupted(ablate):
     assert err == "interrupted\nout keeps 0 of 4 runs; the same command goes on from there\n"
     with places.locked(Path("out")):  # nothing runs there any more
         pass
-    Path("go").touch()
-    assert ablate("tiny.toml", "second.toml", "--seeds", "0,1", "--jobs", "2")[0] == 0
+    _, out, _ = ablate("tiny.toml", "second.toml", "--seeds", "0,1", "--dry-run")
+    assert out[1] == "tiny seed 0: to run again: it is unfinished"
 
 
 def test_two_calls_at_once(ablate):
