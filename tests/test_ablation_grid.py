@@ -13,7 +13,8 @@ import tiny
 
 from unigrpo_core import cli
 from unigrpo_core.ablation.axes import parse_axis, tails
-from unigrpo_core.ablation.grid import Job, grid, parse_seeds
+from unigrpo_core.ablation.grid import grid, parse_seeds
+from unigrpo_core.ablation.jobs import Job
 from unigrpo_core.ablation.places import clear, locked, state
 from unigrpo_core.errors import PluginError, UsageError, UserError
 from unigrpo_core.recipe import load_recipe, parse_value

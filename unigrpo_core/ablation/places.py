@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from unigrpo_core.ablation.grid import Job
+from unigrpo_core.ablation.jobs import Job
 from unigrpo_core.errors import UserError, shown
 from unigrpo_core.loading import PLUGIN_FILE
 from unigrpo_core.recipe import toml_value

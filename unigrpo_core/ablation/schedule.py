@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from unigrpo_core.ablation.grid import Job
+from unigrpo_core.ablation.jobs import Job
 from unigrpo_core.ablation.places import clear, summary, unmark
 from unigrpo_core.errors import UserError, shown
 

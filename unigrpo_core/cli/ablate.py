@@ -16,7 +16,7 @@ from unigrpo_core.errors import UsageError, UserError, shown
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-    from unigrpo_core.ablation.grid import Job
+    from unigrpo_core.ablation.jobs import Job
     from unigrpo_core.ablation.places import State
 
 WORDS = {"new": "to run", "unfinished": "to run again: it is unfinished", "finished": "finished"}
@@ -58,7 +58,8 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def ablate(arguments: argparse.Namespace) -> int:
-    from unigrpo_core.ablation.grid import Job, grid, parse_seeds
+    from unigrpo_core.ablation.grid import grid, parse_seeds
+    from unigrpo_core.ablation.jobs import Job
     from unigrpo_core.ablation.places import locked, unmark
     from unigrpo_core.ablation.schedule import Schedule
 
