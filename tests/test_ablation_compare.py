@@ -219,7 +219,7 @@ def test_cost_signal_and_clip(found, compare, grid):
     assert joint["signal"]["image"]["mean"] == pytest.approx(0.2)  # of steps 1 and 3
     assert "text" not in joint["signal"]
     assert (joint["unclipped"], plain["unclipped"]) == ([], ["image"])
-    assert "! a_plain: the image clip never acted, in no step of any seed" in data["notes"]
+    assert "! the image clip never acted, in no step of any seed: a_plain" in data["notes"]
     assert "\na_plain !  " in compare(grid)[1]
 
 
@@ -464,7 +464,7 @@ def test_seconds_of_a_cpu_and_a_gpu_are_not_compared(compare, found, grid):
 
 def test_csv_has_every_figure_with_its_values(compare, grid):
     code, out, err = compare(grid, "--format", "csv")
-    assert (code, "note: ! a_plain" in err) == (0, True)
+    assert (code, "note: ! the image clip" in err) == (0, True)
     rows = list(csv.DictReader(StringIO(out)))
     assert {row["figure"] for row in rows} == {
         "start", "final", "best", "at", "gain", "difference", "cpu_seconds", "network_calls",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 from typing import Literal
@@ -111,6 +111,7 @@ def compare(
     compared = tuple(_compared(cell, other, at) for cell in cells)
     for item in compared:
         found += _notes(item, other, at, [name for name in (gold, shown_proxy) if name])
+    found += _clip_notes(compared)
     if len({run.on_gpu for cell in cells for run in cell.runs}) > 1:
         found.append("some runs were on a CPU, others on a GPU: their seconds cannot be compared")
     return Comparison(gold, shown_proxy, other.label, at, compared, (*notes, *found))
@@ -245,9 +246,14 @@ def _notes(item: Compared, other: Cell, at: At, metrics: Sequence[str]) -> list[
         )
     if any(run.staged and not run.earlier for run in cell.runs):
         notes.append(f"{cell.label}: what the stages before took is not on record, nor in its cost")
-    for expert in item.unclipped:
-        notes.append(f"! {cell.label}: the {expert} clip never acted, in no step of any seed")
     return notes
+
+
+def _clip_notes(compared: Sequence[Compared]) -> Iterator[str]:
+    for expert in EXPERTS:
+        labels = [item.cell.label for item in compared if expert in item.unclipped]
+        if labels:
+            yield f"! the {expert} clip never acted, in no step of any seed: {', '.join(labels)}"
 
 
 def _why(cell: Cell, metric: str, at: At) -> str:

@@ -130,6 +130,7 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
             axes.fill_between(x, [*low], [*high], color=looks["color"], alpha=0.13, linewidth=0)
     seconds = "seconds of training, stages before included"
     axes.set_xlabel(seconds if over_seconds else "training steps")
+    axes.locator_params(axis="x", nbins=7, integer=not over_seconds)
     axes.set_ylabel(comparison.metric)
     band = "; band: lowest to highest seed" if banded else ""
     axes.set_title(f"mean over seeds{band}", loc="left")
@@ -164,6 +165,7 @@ def _frontier(axes: Axes, comparison: Comparison, proxy: str) -> None:
     for x, y in sorted(starts):
         axes.plot(x, y, "x", color="#555555", markersize=9, markeredgewidth=2, zorder=4)
         axes.annotate("start", (x, y), (7, -4), textcoords="offset points", color="#555555")
+    axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel(f"proxy: {proxy}")
     axes.set_ylabel(f"gold: {comparison.metric}")
     axes.set_title("at the end; bars: standard error", loc="left")
@@ -188,5 +190,6 @@ def _finals(axes: Axes, comparison: Comparison) -> None:
         )
     axes.set_yticks(range(len(comparison.cells)), [item.cell.label for item in comparison.cells])
     axes.set_ylim(len(comparison.cells) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel(f"final {comparison.metric}")
     axes.set_title("final; bars: bootstrap 95 % over seeds", loc="left")

@@ -38,7 +38,7 @@ def read_json(file: Path) -> Row:
 
 
 def read_rows(file: Path, keys: Sequence[str] = ()) -> tuple[Row, ...]:
-    """The objects that a file holds, one a line: numbers by name, "step" and ``keys`` among them."""
+    """The objects that a file holds, one a line: numbers by name, among them "step" and keys."""
     with damage(file):
         lines = file.read_text(encoding="utf-8").splitlines()
     rows = []
