@@ -138,6 +138,24 @@ def test_what_is_chosen(found, grid):
     ]
 
 
+def test_the_monitor_of_most_cells_is_the_gold(found, compare, grid):
+    """Also where the first cell, a control, is trained on the gold and monitors the proxy."""
+    by_hand(
+        grid / "a_control/seed-0", GOLD[0], rewards=[{"use": "gold", "weight": 1.0}],
+        monitors=[{"use": "learned"}],
+    )  # fmt: skip
+    data = found(grid)
+    assert (data["cells"][0]["cell"], data["metric"], data["proxy"]) == (
+        "a_control",
+        "gold",
+        "learned",
+    )
+    by_hand(grid / "z/seed-0", GOLD[0], rewards=[{"use": "gold/part"}, {"use": "learned"}])
+    data = found(grid)
+    assert "the proxy is learned; also trained on: gold/part (--proxy NAME)" in data["notes"]
+    assert found(grid, "--proxy", "gold/part")["proxy"] == "gold/part"
+
+
 def test_start_final_best_and_gain(found, grid):
     gold = cell(found(grid), "joint")["metrics"]["gold"]
     assert gold["start"]["mean"] == 0.5

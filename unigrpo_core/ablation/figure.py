@@ -22,7 +22,7 @@ COLOURS = (
     *("#332288", "#DDAA33", "#117733", "#CC6677", "#88CCEE"),
     *("#882255", "#44AA99", "#000000", "#999933", "#AA4499"),
 )
-MARKS = "osD^vP<>X*"
+MARKS = "osD^vP<>X"  # one fewer than colours: 90 cells look different
 LINES = ("-", "--", "-.", ":")
 LOOK: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -68,11 +68,11 @@ def write_figure(comparison: Comparison, file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    frontier = comparison.proxy is not None
     rows = len(comparison.cells)
+    longest = max(len(item.cell.label) for item in comparison.cells)
     with rc_context(LOOK):
-        height = max(4.0, 1.2 + 0.26 * rows)
-        figure = Figure(figsize=(11.5 if frontier else 10.5, height), layout="constrained")
+        size = (9 + 0.075 * longest, max(4.0, 1.2 + 0.26 * rows))  # inches
+        figure = Figure(figsize=size, layout="constrained")
         left, right = figure.subplots(1, 2)
         _curves(left, comparison)
         if comparison.proxy is not None:
