@@ -38,6 +38,7 @@ LOOK: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "unigrpo",  # names in the file are the same every time
 }
