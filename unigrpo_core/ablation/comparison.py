@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import Literal
 
 from unigrpo_core.ablation.cells import Cell
 from unigrpo_core.ablation.choice import At, choose_against, choose_metric, choose_proxy
-from unigrpo_core.ablation.runs import Run
+from unigrpo_core.ablation.costs import Cost, cost_of, means
 from unigrpo_core.ablation.statistics import Estimate, between, estimate
 
 EXPERTS = ("text", "image")
@@ -37,20 +36,6 @@ class Figures:
     at: Estimate | None
     gain: Estimate | None
     difference: Difference | None
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run of the cell took, the stages before it included; None where it was not counted.
-    ``seconds`` are of training alone, on the device that ``unit`` says. ``staged``: whether there
-    were stages before."""
-
-    unit: Literal["cpu", "gpu"]
-    seconds: Estimate
-    network_calls: Estimate | None
-    calls_per_image: Estimate | None
-    tokens: Estimate | None
-    staged: bool
 
 
 @dataclass(frozen=True)
@@ -119,7 +104,7 @@ def compare(
 
 def _compared(cell: Cell, other: Cell, at: At) -> Compared:
     names = [n for n in cell.runs[0].metric_names if all(n in r.metric_names for r in cell.runs)]
-    signal = {expert: _means(cell, f"{expert}/grad_cosine") for expert in EXPERTS}
+    signal = {expert: means(cell, f"{expert}/grad_cosine") for expert in EXPERTS}
     clip = {
         expert: [f for run in cell.runs for f in run.each(f"{expert}/clip_fraction")]
         for expert in cell.runs[0].values.get("train", ())
@@ -127,7 +112,7 @@ def _compared(cell: Cell, other: Cell, at: At) -> Compared:
     return Compared(
         cell,
         {name: _figures(cell, other, at, name) for name in names},
-        _cost(cell),
+        cost_of(cell),
         {expert: found for expert, found in signal.items() if found is not None},
         {expert: max(fractions) for expert, fractions in clip.items() if fractions},
     )
@@ -192,39 +177,6 @@ def values_at(cell: Cell, metric: str, at: At) -> dict[int, float] | None:
             return None
         found[run.seed] = value
     return found
-
-
-# --- cost and signal --------------------------------------------------------------------------
-
-
-def _cost(cell: Cell) -> Cost:
-    return Cost(
-        "gpu" if cell.runs[0].on_gpu else "cpu",
-        estimate([run.clock[-1] for run in cell.runs]),
-        _totals(cell, "network_calls"),
-        _means(cell, "calls_per_image"),
-        _totals(cell, "tokens"),
-        any(run.earlier for run in cell.runs),
-    )
-
-
-def _totals(cell: Cell, key: str) -> Estimate | None:
-    totals = [_total(run, key) for run in cell.runs]
-    known = [total for total in totals if total is not None]
-    return estimate(known) if len(known) == len(totals) else None
-
-
-def _total(run: Run, key: str) -> float | None:
-    """Of a run and the stages before it."""
-    own = run.total(key)
-    before = run.earlier.get(key) if run.earlier else 0.0
-    return None if own is None or before is None else own + before
-
-
-def _means(cell: Cell, key: str) -> Estimate | None:
-    """The mean over the steps that have the metric, if every run has some."""
-    found = [run.each(key) for run in cell.runs]
-    return estimate([sum(row) / len(row) for row in found]) if all(found) else None
 
 
 # --- notes ------------------------------------------------------------------------------------
