@@ -138,6 +138,24 @@ def test_what_is_chosen(found, grid):
     ]
 
 
+def test_the_monitor_of_most_cells_is_the_gold(found, compare, grid):
+    """Also where the first cell, a control, is trained on the gold and monitors the proxy."""
+    by_hand(
+        grid / "a_control/seed-0", GOLD[0], rewards=[{"use": "gold", "weight": 1.0}],
+        monitors=[{"use": "learned"}],
+    )  # fmt: skip
+    data = found(grid)
+    assert (data["cells"][0]["cell"], data["metric"], data["proxy"]) == (
+        "a_control",
+        "gold",
+        "learned",
+    )
+    by_hand(grid / "z/seed-0", GOLD[0], rewards=[{"use": "gold/part"}, {"use": "learned"}])
+    data = found(grid)
+    assert "the proxy is learned; also trained on: gold/part (--proxy NAME)" in data["notes"]
+    assert found(grid, "--proxy", "gold/part")["proxy"] == "gold/part"
+
+
 def test_start_final_best_and_gain(found, grid):
     gold = cell(found(grid), "joint")["metrics"]["gold"]
     assert gold["start"]["mean"] == 0.5
@@ -219,7 +237,7 @@ def test_cost_signal_and_clip(found, compare, grid):
     assert joint["signal"]["image"]["mean"] == pytest.approx(0.2)  # of steps 1 and 3
     assert "text" not in joint["signal"]
     assert (joint["unclipped"], plain["unclipped"]) == ([], ["image"])
-    assert "! a_plain: the image clip never acted, in no step of any seed" in data["notes"]
+    assert "! the image clip never acted, in no step of any seed: a_plain" in data["notes"]
     assert "\na_plain !  " in compare(grid)[1]
 
 
@@ -407,8 +425,10 @@ def test_unfinished_runs(compare, found, grid):
         ("run.json", "{", "run.json is damaged: "),
         ("run.json", "[]", "run.json is damaged: expected a JSON object"),
         ("run.json", '{"recipe": "x"}', "run.json is damaged: it lacks 'values'"),
+        ("run.json", json.dumps({"recipe": "x", "values": {}}), "run.json is damaged: it lacks "),
         ("summary.json", '{"earlier": 3}', "summary.json is damaged: "),
-        ("timing.jsonl", '{"step": 1}\n', "timing.jsonl is damaged: its rows are not those of 4"),
+        ("timing.jsonl", '{"step": 1}\n', "timing.jsonl:1 is damaged: it lacks 'cpu_s'"),
+        ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl is damaged: its rows are not those of 4"),
         ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl:2 is damaged: "),
         ("metrics.jsonl", '{"step": 1, "tokens": "x"}', "metrics.jsonl:1 is damaged: 'tokens' is"),
         ("evaluation.jsonl", '{"step": 0, "gold": NaN}', "evaluation.jsonl:1 is damaged: NaN is"),
@@ -462,7 +482,7 @@ def test_seconds_of_a_cpu_and_a_gpu_are_not_compared(compare, found, grid):
 
 def test_csv_has_every_figure_with_its_values(compare, grid):
     code, out, err = compare(grid, "--format", "csv")
-    assert (code, "note: ! a_plain" in err) == (0, True)
+    assert (code, "note: ! the image clip" in err) == (0, True)
     rows = list(csv.DictReader(StringIO(out)))
     assert {row["figure"] for row in rows} == {
         "start", "final", "best", "at", "gain", "difference", "cpu_seconds", "network_calls",

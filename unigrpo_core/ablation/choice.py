@@ -3,6 +3,7 @@ chosen."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -62,13 +63,15 @@ class At:
 
 
 def choose_metric(cells: Sequence[Cell], asked: str | None) -> str:
-    """The metric asked for; else the first monitor, else the first reward, that all runs have (or
-    if there is none such, that some have)."""
+    """The metric asked for; else the monitor of most cells, else the reward of most, the first of
+    equals; of those that all runs have, or if there is none such, that some have."""
     if asked is not None:
         return _known(cells, "--metric", asked)
     runs = _runs(cells)
-    listed = [*(row for run in runs for row in run.monitors), *(r for x in runs for r in x.rewards)]
-    names = list(dict.fromkeys([*(str(row["use"]) for row in listed), *_metrics(cells)]))
+    monitors = Counter(str(row["use"]) for cell in cells for row in cell.runs[0].monitors)
+    rewards = Counter(str(row["use"]) for cell in cells for row in cell.runs[0].rewards)
+    listed = [name for counts in (monitors, rewards) for name, _ in counts.most_common()]
+    names = list(dict.fromkeys([*listed, *_metrics(cells)]))
     everywhere = [name for name in names if all(name in run.metric_names for run in runs)]
     somewhere = [name for name in names if any(name in run.metric_names for run in runs)]
     return (everywhere + somewhere)[0]
@@ -81,16 +84,17 @@ def choose_proxy(
     a weight that is not 0. With a note on others that were trained on."""
     if asked is not None:
         return _known(cells, "--proxy", asked), []
-    counts: dict[str, int] = {}
-    for cell in cells:
-        for row in cell.runs[0].rewards:
-            if row.get("weight", 1.0) and row["use"] != gold:
-                counts[row["use"]] = counts.get(row["use"], 0) + 1
-    names = [n for n in counts if any(n in run.metric_names for run in _runs(cells))]
+    trained = Counter(
+        str(row["use"])
+        for cell in cells
+        for row in cell.runs[0].rewards
+        if row.get("weight", 1.0) and row["use"] != gold
+    )
+    evaluated = set(_metrics(cells))
+    names = [name for name, _ in trained.most_common() if name in evaluated]
     if not names:
         return None, []
-    chosen = max(names, key=lambda name: counts[name])
-    others = [name for name in names if name != chosen]
+    chosen, *others = names
     note = f"the proxy is {chosen}; also trained on: {', '.join(others)} (--proxy NAME)"
     return chosen, [note] if others else []
 

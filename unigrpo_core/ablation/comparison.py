@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import Literal
 
 from unigrpo_core.ablation.cells import Cell
 from unigrpo_core.ablation.choice import At, choose_against, choose_metric, choose_proxy
-from unigrpo_core.ablation.runs import Run
+from unigrpo_core.ablation.costs import Cost, cost_of, means
 from unigrpo_core.ablation.statistics import Estimate, between, estimate
 
 EXPERTS = ("text", "image")
@@ -37,20 +36,6 @@ class Figures:
     at: Estimate | None
     gain: Estimate | None
     difference: Difference | None
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run of the cell took, the stages before it included; None where it was not counted.
-    ``seconds`` are of training alone, on the device that ``unit`` says. ``staged``: whether there
-    were stages before."""
-
-    unit: Literal["cpu", "gpu"]
-    seconds: Estimate
-    network_calls: Estimate | None
-    calls_per_image: Estimate | None
-    tokens: Estimate | None
-    staged: bool
 
 
 @dataclass(frozen=True)
@@ -111,6 +96,7 @@ def compare(
     compared = tuple(_compared(cell, other, at) for cell in cells)
     for item in compared:
         found += _notes(item, other, at, [name for name in (gold, shown_proxy) if name])
+    found += _clip_notes(compared)
     if len({run.on_gpu for cell in cells for run in cell.runs}) > 1:
         found.append("some runs were on a CPU, others on a GPU: their seconds cannot be compared")
     return Comparison(gold, shown_proxy, other.label, at, compared, (*notes, *found))
@@ -118,7 +104,7 @@ def compare(
 
 def _compared(cell: Cell, other: Cell, at: At) -> Compared:
     names = [n for n in cell.runs[0].metric_names if all(n in r.metric_names for r in cell.runs)]
-    signal = {expert: _means(cell, f"{expert}/grad_cosine") for expert in EXPERTS}
+    signal = {expert: means(cell, f"{expert}/grad_cosine") for expert in EXPERTS}
     clip = {
         expert: [f for run in cell.runs for f in run.each(f"{expert}/clip_fraction")]
         for expert in cell.runs[0].values.get("train", ())
@@ -126,7 +112,7 @@ def _compared(cell: Cell, other: Cell, at: At) -> Compared:
     return Compared(
         cell,
         {name: _figures(cell, other, at, name) for name in names},
-        _cost(cell),
+        cost_of(cell),
         {expert: found for expert, found in signal.items() if found is not None},
         {expert: max(fractions) for expert, fractions in clip.items() if fractions},
     )
@@ -193,39 +179,6 @@ def values_at(cell: Cell, metric: str, at: At) -> dict[int, float] | None:
     return found
 
 
-# --- cost and signal --------------------------------------------------------------------------
-
-
-def _cost(cell: Cell) -> Cost:
-    return Cost(
-        "gpu" if cell.runs[0].on_gpu else "cpu",
-        estimate([run.clock[-1] for run in cell.runs]),
-        _totals(cell, "network_calls"),
-        _means(cell, "calls_per_image"),
-        _totals(cell, "tokens"),
-        any(run.earlier for run in cell.runs),
-    )
-
-
-def _totals(cell: Cell, key: str) -> Estimate | None:
-    totals = [_total(run, key) for run in cell.runs]
-    known = [total for total in totals if total is not None]
-    return estimate(known) if len(known) == len(totals) else None
-
-
-def _total(run: Run, key: str) -> float | None:
-    """Of a run and the stages before it."""
-    own = run.total(key)
-    before = run.earlier.get(key) if run.earlier else 0.0
-    return None if own is None or before is None else own + before
-
-
-def _means(cell: Cell, key: str) -> Estimate | None:
-    """The mean over the steps that have the metric, if every run has some."""
-    found = [run.each(key) for run in cell.runs]
-    return estimate([sum(row) / len(row) for row in found]) if all(found) else None
-
-
 # --- notes ------------------------------------------------------------------------------------
 
 
@@ -245,9 +198,14 @@ def _notes(item: Compared, other: Cell, at: At, metrics: Sequence[str]) -> list[
         )
     if any(run.staged and not run.earlier for run in cell.runs):
         notes.append(f"{cell.label}: what the stages before took is not on record, nor in its cost")
-    for expert in item.unclipped:
-        notes.append(f"! {cell.label}: the {expert} clip never acted, in no step of any seed")
     return notes
+
+
+def _clip_notes(compared: Sequence[Compared]) -> Iterator[str]:
+    for expert in EXPERTS:
+        labels = [item.cell.label for item in compared if expert in item.unclipped]
+        if labels:
+            yield f"! the {expert} clip never acted, in no step of any seed: {', '.join(labels)}"
 
 
 def _why(cell: Cell, metric: str, at: At) -> str:

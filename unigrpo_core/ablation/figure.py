@@ -22,7 +22,7 @@ COLOURS = (
     *("#332288", "#DDAA33", "#117733", "#CC6677", "#88CCEE"),
     *("#882255", "#44AA99", "#000000", "#999933", "#AA4499"),
 )
-MARKS = "osD^vP<>X*"
+MARKS = "osD^vP<>X"  # one fewer than colours: 90 cells look different
 LINES = ("-", "--", "-.", ":")
 LOOK: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -38,6 +38,7 @@ LOOK: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "unigrpo",  # names in the file are the same every time
 }
@@ -68,11 +69,11 @@ def write_figure(comparison: Comparison, file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    frontier = comparison.proxy is not None
     rows = len(comparison.cells)
+    longest = max(len(item.cell.label) for item in comparison.cells)
     with rc_context(LOOK):
-        height = max(4.0, 1.2 + 0.26 * rows)
-        figure = Figure(figsize=(11.5 if frontier else 10.5, height), layout="constrained")
+        size = (9 + 0.075 * longest, max(4.0, 1.2 + 0.26 * rows))  # inches
+        figure = Figure(figsize=size, layout="constrained")
         left, right = figure.subplots(1, 2)
         _curves(left, comparison)
         if comparison.proxy is not None:
@@ -130,6 +131,7 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
             axes.fill_between(x, [*low], [*high], color=looks["color"], alpha=0.13, linewidth=0)
     seconds = "seconds of training, stages before included"
     axes.set_xlabel(seconds if over_seconds else "training steps")
+    axes.locator_params(axis="x", nbins=7, integer=not over_seconds)
     axes.set_ylabel(comparison.metric)
     band = "; band: lowest to highest seed" if banded else ""
     axes.set_title(f"mean over seeds{band}", loc="left")
@@ -164,6 +166,7 @@ def _frontier(axes: Axes, comparison: Comparison, proxy: str) -> None:
     for x, y in sorted(starts):
         axes.plot(x, y, "x", color="#555555", markersize=9, markeredgewidth=2, zorder=4)
         axes.annotate("start", (x, y), (7, -4), textcoords="offset points", color="#555555")
+    axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel(f"proxy: {proxy}")
     axes.set_ylabel(f"gold: {comparison.metric}")
     axes.set_title("at the end; bars: standard error", loc="left")
@@ -188,5 +191,6 @@ def _finals(axes: Axes, comparison: Comparison) -> None:
         )
     axes.set_yticks(range(len(comparison.cells)), [item.cell.label for item in comparison.cells])
     axes.set_ylim(len(comparison.cells) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel(f"final {comparison.metric}")
     axes.set_title("final; bars: bootstrap 95 % over seeds", loc="left")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,8 +37,8 @@ def read_json(file: Path) -> Row:
         return _object(file.read_text(encoding="utf-8"))
 
 
-def read_rows(file: Path) -> tuple[Row, ...]:
-    """The objects that a file holds, one a line; each has a number under "step"."""
+def read_rows(file: Path, keys: Sequence[str] = ()) -> tuple[Row, ...]:
+    """The objects that a file holds, one a line: numbers by name, among them "step" and keys."""
     with damage(file):
         lines = file.read_text(encoding="utf-8").splitlines()
     rows = []
@@ -46,8 +46,10 @@ def read_rows(file: Path) -> tuple[Row, ...]:
         with damage(file, number):
             row = _object(line)
             strange = [key for key, value in row.items() if not isinstance(value, int | float)]
-            if "step" not in row or strange:
-                raise ValueError(f"{strange[0]!r} is no number" if strange else "it lacks 'step'")
+            if strange:
+                raise ValueError(f"{strange[0]!r} is no number")
+            for key in ("step", *keys):
+                row[key]
             rows.append(row)
     return tuple(rows)
 

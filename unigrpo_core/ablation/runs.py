@@ -80,13 +80,12 @@ class Run:
     def seconds(self) -> tuple[float, ...]:
         """What the training steps took, one number per step: CPU-seconds of the process, or on a
         GPU the wall seconds for which it was held."""
-        key = "wall_s" if self.on_gpu else "cpu_s"
-        return tuple(float(row[key]) for row in self.timing)
+        return tuple(float(row[_clock(self.on_gpu)]) for row in self.timing)
 
     @cached_property
     def clock(self) -> tuple[float, ...]:
         """Seconds since the first stage began, after 0, 1, ... steps."""
-        start = self.earlier.get("train_wall_s" if self.on_gpu else "train_cpu_s", 0.0)
+        start = self.earlier.get(f"train_{_clock(self.on_gpu)}", 0.0)
         return tuple(accumulate(self.seconds, initial=start))
 
     def curve(self, metric: str) -> Curve | None:
@@ -173,29 +172,30 @@ def read_run(folder: Path) -> Run:
         plugin_file = (about.get("plugin_file") or {}).get("sha256", "")
         if not all(isinstance(number, int) for number in (steps, seed)):
             raise TypeError("steps and seed should be whole numbers")
+        for row in (*values["rewards"], *values.get("monitors", ())):
+            row["use"]
     with damage(folder / "summary.json"):
         before = summary.get("earlier") or {}
         earlier = {key: float(before[key]) for key in EARLIER if before.get(key) is not None}
-    evaluations = read_rows(folder / "evaluation.jsonl")
+    on_gpu = cuda is not None and device != "cpu"
+    evaluations = read_rows(folder / "evaluation.jsonl", ("prompts",))
     metrics = read_rows(folder / "metrics.jsonl") if steps else ()
-    timing = read_rows(folder / "timing.jsonl") if steps else ()
+    timing = read_rows(folder / "timing.jsonl", (_clock(on_gpu),)) if steps else ()
     for file, rows in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
         _expect(folder / file, [row["step"] for row in rows] == [*range(1, steps + 1)], steps)
     evaluated = [row["step"] for row in evaluations]
     ordered = evaluated == sorted(set(evaluated))
     edges = bool(evaluated) and (evaluated[0], evaluated[-1]) == (0, steps)
     _expect(folder / "evaluation.jsonl", ordered and edges, steps)
-    for number, row in enumerate(evaluations, 1):
-        with damage(folder / "evaluation.jsonl", number):
-            row["prompts"]
-    on_gpu = cuda is not None and device != "cpu"
-    for number, row in enumerate(timing, 1):
-        with damage(folder / "timing.jsonl", number):
-            row["wall_s" if on_gpu else "cpu_s"]
     run = Run(folder, name, values, plugin_file, on_gpu, earlier, evaluations, metrics, timing)
     if not run.metric_names:
         raise UserError(f"{shown(folder / 'evaluation.jsonl')} is damaged: it has no metric")
     return run
+
+
+def _clock(on_gpu: bool) -> str:
+    """The key of a step's time that counts."""
+    return "wall_s" if on_gpu else "cpu_s"
 
 
 def _expect(file: Path, right: bool, steps: int) -> None:

@@ -156,7 +156,15 @@ def _views(comparison: Comparison) -> Table:
 
 
 def _costs(comparison: Comparison) -> Table:
-    header = ("cell", "train s", "calls/image", "network calls", "tokens", "signal text", "image")
+    header = (
+        "cell",
+        "train s",
+        "calls/image",
+        "network calls",
+        "tokens",
+        "signal text",
+        "signal image",
+    )
     rows = []
     for item in comparison.cells:
         cost, plus = item.cost, "+" if item.cost.staged else ""
@@ -169,7 +177,7 @@ def _costs(comparison: Comparison) -> Table:
                 count(cost.network_calls, plus),
                 count(cost.tokens, plus),
                 *(
-                    f"{item.signal[expert].mean:+.2f}" if expert in item.signal else NOTHING
+                    f"{item.signal[expert].mean:+z.2f}" if expert in item.signal else NOTHING
                     for expert in EXPERTS
                 ),
             )
@@ -192,7 +200,7 @@ def _label(item: Compared) -> str:
 
 
 def number(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f}"
+    return f"{value:{sign}z.3f}"
 
 
 def mean(value: Estimate | None, sign: str = "") -> str:

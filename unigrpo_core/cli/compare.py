@@ -31,8 +31,8 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--metric",
         metavar="NAME",
-        help="what was evaluated, e.g. board_verifier; default: the first monitor, else the first "
-        "reward",
+        help="what was evaluated, e.g. board_verifier; default: the monitor of most "
+        "cells, else the reward of most",
     )
     parser.add_argument(
         "--against", metavar="CELL", help="subtract this cell; default: joint, else the first"
