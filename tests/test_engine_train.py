@@ -139,6 +139,7 @@ def test_an_episode_that_only_draws(train, checkpoint):
         "train=['image']",
         "group.fan_out=[4]",
         "rewards=[{use='brightness'}]",
+        "image.regularizers=[{use='velocity_mse', weight=0.01}]",
     )
     assert all(map(is_image, moved(run, checkpoint)))
     figures = lines(run)

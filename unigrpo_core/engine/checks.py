@@ -189,6 +189,8 @@ def check_unmoved(was: Tensor, became: Tensor, precision: str) -> None:
     Raises:
         UserError: it does not.
     """
+    if not was.numel():  # an episode without a thought has no log-probs
+        return
     floor = 1e-3 * was.numel() ** 0.5  # of values that are all near 0, differences are rounding
     moved = float((became - was).norm() / was.norm().clamp(min=floor))
     if not moved <= UNMOVED[precision]:
