@@ -46,6 +46,11 @@ class TestBoardVerifier(RewardConformance):
     thoughts = THOUGHTS
 
 
+class TestBoardScorer(RewardConformance):
+    use = "board_scorer"
+    prompts = BOARD
+
+
 class TestBoardPrompts(PromptSourceConformance):
     use = "board"
 

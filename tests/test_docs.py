@@ -319,3 +319,9 @@ def test_the_checkpoint_is_the_one_described():
     made = json.loads((CHECKPOINT / "made.json").read_text())
     assert json.loads(block.text) == made
     assert sha256((CHECKPOINT / "ema.safetensors").read_bytes()).hexdigest() == made["sha256"]
+
+
+def test_the_scorer_is_the_one_described():
+    [block] = marked("json", "made-scorer")
+    folder = CHECKPOINT.parent / "scorer"
+    assert json.loads(block.text) == json.loads((folder / "made.json").read_text())

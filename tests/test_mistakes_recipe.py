@@ -178,7 +178,7 @@ COMPONENTS = [
     case(
         "without-use",
         "rewards = [{ weight = 1.0 }]",
-        "mine.toml:2: rewards.0.use: should name a reward; there are: board_verifier, brightness",
+        "mine.toml:2: rewards.0.use: should name a reward; there are: board_scorer, board_verifier",
     ),
     case(
         "unknown-option",

@@ -62,6 +62,8 @@ def test_every_recipe(contents):
 def test_the_checkpoint(contents):
     files = ("ema.safetensors", "config.json", "llm_config.json", "tokenizer.json")
     assert all(f"unigrpo_board/checkpoint/{name}" in contents for name in files)
+    for name in ("scorer.safetensors", "config.json", "made.json"):
+        assert f"unigrpo_board/scorer/{name}" in contents
 
 
 def test_metadata(contents):

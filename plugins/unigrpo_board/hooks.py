@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unigrpo_board import prompts, rewards
+from unigrpo_board import prompts, rewards, scorer
 from unigrpo_core.plugin import Providers, hookimpl
 
 
@@ -14,3 +14,4 @@ def unigrpo_prompts() -> Providers:
 @hookimpl
 def unigrpo_rewards() -> Providers:
     yield rewards.PROVIDER
+    yield scorer.PROVIDER

@@ -1,0 +1,83 @@
+"""The reward ``board_scorer``: how well a small learned model finds picture and prompt to match.
+
+It is imperfect by intention, so that it can be hacked: a proxy, with the verifier as the truth.
+How it was made and what it gets right is in docs/scorer.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from unigrpo_models.checkpoints import CheckpointPath, checkpoint_folder
+
+from unigrpo_core.errors import UserError
+from unigrpo_core.interfaces import Reward
+from unigrpo_core.plugin import Field, Options, Provider
+from unigrpo_core.records import RewardBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unigrpo_board.scorer_network import ScorerNetwork
+
+
+class ScorerOptions(Options):
+    """Which scorer."""
+
+    checkpoint: CheckpointPath = Field(
+        "pkg:unigrpo_board/scorer",
+        description="a folder that `python -m unigrpo_board.make_scorer` wrote, or "
+        "pkg:PACKAGE/FOLDER for one that a package ships",
+    )
+
+
+class BoardScorer(Reward):
+    """(1 + cosine) / 2 of the image's and the prompt's embeddings, in [0, 1]; see
+    :mod:`unigrpo_board.scorer_network`. It computes on the CPU, in float32."""
+
+    reads: ClassVar = frozenset({"prompt", "image"})
+    range: ClassVar = (0.0, 1.0)
+
+    def __init__(self, network: ScorerNetwork) -> None:
+        self.network = network
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        from unigrpo_board.verifier import SIDE
+
+        if batch.images is None:
+            raise UserError("board_scorer reads images, but the episode draws none")
+        height, width = batch.images.shape[2:]
+        if (height, width) != (SIDE, SIDE):
+            raise UserError(
+                f"board_scorer reads images of {SIDE} x {SIDE} pixels, but image.size is "
+                f"[{height}, {width}]"
+            )
+        images = batch.images.detach().float().cpu()
+        return (1 + self.network.cosine(images, [prompt.text for prompt in batch.prompts])) / 2
+
+    def details(self, batch: RewardBatch) -> Mapping[str, Tensor]:
+        return {}
+
+
+def build(options: ScorerOptions) -> BoardScorer:
+    from unigrpo_board.scorer_network import load
+
+    return BoardScorer(load(checkpoint_folder(options.checkpoint)))
+
+
+def notes(options: ScorerOptions) -> Sequence[str]:
+    try:
+        checkpoint_folder(options.checkpoint)
+    except UserError as error:
+        return (str(error),)
+    return ()
+
+
+PROVIDER = Provider(
+    name="board_scorer",
+    build=build,
+    options=ScorerOptions,
+    summary="a small learned judge of picture against prompt, imperfect so that it can be hacked",
+    notes=notes,
+)
