@@ -127,6 +127,27 @@ def test_views_that_cannot_be(tmp_path, checkpoint, overrides, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("scope", ["episode", "thought"])
+def test_evaluation_draws_do_not_depend_on_the_noise_scope_of_training(setup, scope):
+    batches = [
+        view_of(setup(f"image.noise_scope='{one}'"), place=0).batch for one in ("prompt", scope)
+    ]
+    assert torch.equal(batches[0].images, batches[1].images)
+
+
+def test_samples_of_one_prompt_start_from_different_noises(setup, tmp_path, monkeypatch):
+    from unigrpo_core.engine import draw
+
+    found = []
+    real = draw.sample
+    monkeypatch.setattr(draw, "sample", lambda *given: found.append(real(*given)) or found[0])
+    silent = ("episode=['draw']", "train=[]", "steps=0", "group.fan_out=[1]")
+    resolved = tiny.recipe(tmp_path, setup().policy.folder, "image.noise_scope='prompt'", *silent)
+    draw.draw_samples(resolved, "two red circle", 2, 0, tmp_path / "sheet.png")
+    first, second = found[0].segments[0].latents
+    assert not torch.equal(first, second)
+
+
 # --- monitors ---------------------------------------------------------------------------------
 
 

@@ -46,7 +46,8 @@ def draw_samples(
     setup = with_policy(resolved.recipe, Given(prompt))
     view, recipe = setup.views[0], setup.recipe
     setup.policy.prompt_tokens(prompt, recipe.text.max_tokens if "think" in view.episode else 0)
-    plan = Plan(view.episode, (count, *(1 for _ in view.episode[1:])), view.denoising)
+    fan_out = (count, *(1 for _ in view.episode[1:]))
+    plan = Plan(view.episode, fan_out, view.denoising, noise_scope="episode")
     rollout = sample(setup, [prompt], plan, Key((seed, "sample")))
     check_finite(rollout)
     batch = episodes(rollout, "sample")

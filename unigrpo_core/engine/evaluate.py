@@ -44,7 +44,8 @@ def evaluate(setup: Setup, count: int, view: View) -> Evaluated:
     prompts = setup.source.held_out(count)
     thoughts = _swapped(setup, prompts) if view.swapped else None
     ones = (1,) * len(view.episode)
-    rollout = sample(setup, prompts, Plan(view.episode, ones, view.denoising, (), thoughts), KEY)
+    plan = Plan(view.episode, ones, view.denoising, thoughts=thoughts, noise_scope="prompt")
+    rollout = sample(setup, prompts, plan, KEY)
     check_finite(rollout)
     batch = episodes(rollout, "evaluation")
     return Evaluated(view, batch, score((*setup.rewards, *setup.monitors), batch, details=True))

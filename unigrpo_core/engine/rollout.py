@@ -16,6 +16,7 @@ from unigrpo_core.engine.setup import Setup
 from unigrpo_core.engine.views import Denoising
 from unigrpo_core.interfaces import History, ImageFlowPolicy
 from unigrpo_core.keys import Key, normals
+from unigrpo_core.recipe.schema import NoiseScope
 from unigrpo_core.recipe.schema import Segment as SegmentName
 from unigrpo_core.records import ImageSegment, Prompt, Rollout, Sampling, Segment, TextSegment
 
@@ -23,13 +24,15 @@ from unigrpo_core.records import ImageSegment, Prompt, Rollout, Sampling, Segmen
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What to sample: the segments, continuations per row, how to denoise, and the stochastic
-    steps. ``thoughts`` are read instead of written, one per row, if they are given."""
+    steps. ``thoughts`` are read instead of written, one per row, if they are given;
+    ``noise_scope`` is the recipe's, if none is given."""
 
     episode: tuple[SegmentName, ...]
     fan_out: tuple[int, ...]
     denoising: Denoising | None
     trained: tuple[int, ...] = ()
     thoughts: TextSegment | None = None
+    noise_scope: NoiseScope | None = None
 
 
 @torch.no_grad()
@@ -61,6 +64,7 @@ class _Sampler:
         self.setup = setup
         self.plan = plan
         self.clock = clock
+        self.noise_scope = plan.noise_scope or setup.recipe.image.noise_scope
         self.found: list[list[Segment]] = [[] for _ in plan.fan_out]
 
     def extend(
@@ -87,7 +91,7 @@ class _Sampler:
             else:
                 above = [keys[row] for row in chunk.tolist()]
                 scopes = {"episode": mine, "thought": above, "prompt": tops}
-                noise = [k.child("noise") for k in scopes[recipe.image.noise_scope]]
+                noise = [k.child("noise") for k in scopes[self.noise_scope]]
                 with self.clock.phase("image"):
                     self.found[level].append(self.draw(history, chunk, noise, mine))
 
@@ -115,7 +119,7 @@ class _Sampler:
         assert plan is not None
         policy, device = setup.image_policy, setup.device
         size, shape = setup.recipe.image.size, policy.latent_shape(setup.recipe.image.size)
-        lanes = _Lanes(parents, shared=setup.recipe.image.noise_scope != "episode")
+        lanes = _Lanes(parents, shared=self.noise_scope != "episode")
         with ThreadPoolExecutor(1) as ahead:  # draws are ready when the device wants them
             start = ahead.submit(normals, [noise[row] for row in lanes.first], shape, device)
             draws = {

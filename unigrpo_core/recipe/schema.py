@@ -26,6 +26,7 @@ from unigrpo_core.plugin import Options, RecipePath
 Count = Annotated[int, Field(ge=1)]
 Expert = Literal["text", "image"]
 Segment = Literal["think", "draw"]
+NoiseScope = Literal["episode", "thought", "prompt"]
 
 EXPERT_OF: dict[Segment, Expert] = {"think": "text", "draw": "image"}
 
@@ -240,7 +241,7 @@ class Image(Table):
     weight: float = Field(1.0, ge=0, description="factor of the image loss in the total (lambda)")
     lr: float = Field(3e-5, gt=0, description="learning rate of the image expert")
     size: tuple[Count, Count] = Field((512, 512), description="height and width in pixels")
-    noise_scope: Literal["episode", "thought", "prompt"] = Field(
+    noise_scope: NoiseScope = Field(
         "episode", description="which episodes start from the same initial noise"
     )
     group_by: Literal["prompt", "siblings"] = Field(
