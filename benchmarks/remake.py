@@ -53,8 +53,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("page", type=Path, help="a Markdown file")
     page: Path = parser.parse_args().page
+    before = page.read_text(encoding="utf-8")
+    if not BLOCK.search(before):
+        print(f"{page} has no block that begins with ```sh remake", file=sys.stderr)
+        return 2
     try:
-        text = remade(page.read_text(encoding="utf-8"))
+        text = remade(before)
     except subprocess.CalledProcessError as error:
         print(f"{page} is as it was: a command ended with {error.returncode}", file=sys.stderr)
         return 1

@@ -315,3 +315,17 @@ def test_python_dash_m():
     command = [sys.executable, "-m", "unigrpo_core", "--help"]
     done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: unigrpo")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("argv", [["plugins"], ["show", "no_cfg_mse"], ["check", "no_cfg_mse"]])
+def test_output_that_cannot_be_written_is_no_bug(argv):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "unigrpo_core", *argv],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "what is printed cannot be written: No space left on device\n"

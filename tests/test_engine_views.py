@@ -211,6 +211,23 @@ def test_the_summary_adds_up_and_keeps_what_came_before(train):
     assert [s["earlier"] and s["earlier"]["steps"] for s in summaries] == [None, 2, 4]
     calls = [summary["network_calls"] for summary in summaries]
     assert summaries[2]["earlier"]["network_calls"] == calls[0] + calls[1]
+    hashes = [summary["hash"] for summary in summaries]
+    assert [summary["start_hash"] for summary in summaries] == [None, *hashes[:2]]
+    assert all(summary["cpu_s"] > summary["train_cpu_s"] for summary in summaries)
+
+
+def test_a_cost_that_is_not_on_record_is_not_zero(train):
+    first = train("first")
+    summary = json.loads((first / "summary.json").read_text())
+    del summary["tokens"]
+    (first / "summary.json").write_text(json.dumps(summary))
+    earlier = json.loads((train("second", f"start='{first}'") / "summary.json").read_text())[
+        "earlier"
+    ]
+    assert (earlier["tokens"], earlier["steps"]) == (None, 2)
+    (first / "summary.json").unlink()
+    summary = json.loads((train("third", f"start='{first}'") / "summary.json").read_text())
+    assert (summary["earlier"], summary["start_hash"]) == (None, None)
 
 
 # --- stages -----------------------------------------------------------------------------------
@@ -225,6 +242,13 @@ def test_what_comes_after_another_needs_its_folder(train, tmp_path, checkpoint):
     assert "unigrpo ablate" in resolved.notes()[0]
     assert resolved.hash == tiny.recipe(tmp_path, checkpoint).hash
     train("second", f"after='{file}'", f"start='{train('first')}'")
+
+
+def test_a_run_that_came_after_another_can_be_loaded_where_that_recipe_is_gone(
+    train, tmp_path, checkpoint
+):
+    overrides = ["after='gone.toml'", f"start='{train('first')}'"]
+    assert tiny.recipe(tmp_path, checkpoint, *overrides).recipe.after.endswith("gone.toml")
 
 
 def test_after_names_a_file(tmp_path, checkpoint):

@@ -49,6 +49,13 @@ def test_a_command_that_fails_leaves_the_page(tmp_path):
     assert "no-such-file" in done.stderr
 
 
+def test_a_page_without_a_command_is_a_mistake(tmp_path):
+    done, kept = remake(tmp_path, PAGE.replace("sh remake", "sh remade"))
+    assert done.returncode == 2
+    assert "no block that begins with ```sh remake" in done.stderr
+    assert kept == PAGE.replace("sh remake", "sh remade")
+
+
 def test_commands_find_this_unigrpo(tmp_path):
     _, page = remake(tmp_path, PAGE.replace("cat file", "command -v unigrpo"))
     assert f"\n{Path(sys.executable).parent / 'unigrpo'}\n" in page

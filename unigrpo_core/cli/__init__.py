@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -30,13 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(error, "interrupted", arguments.debug)
         return 130
     except BrokenPipeError:  # whoever read our output has had enough, as in `unigrpo show | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _say(error, f"what is printed cannot be written: {error.strerror}", arguments.debug)
+            _drop_output()
+            return 1
         what = " ".join(f"{type(error).__name__}: {error}".split())
         told = f"a bug, please report it: {what} (--debug shows the traceback)"
         _say(error, told, arguments.debug)
         return 1
+
+
+def _drop_output() -> None:
+    """What is printed from now on, or waits to be, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(error: BaseException, told: str, debug: bool) -> None:

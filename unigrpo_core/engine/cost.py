@@ -33,14 +33,33 @@ class Cost:
 COUNTED = ("steps", "train_cpu_s", "train_wall_s", "network_calls", "tokens")
 
 
-def earlier_cost(start: str) -> dict[str, float] | None:
-    """The cost of the run in folder ``start`` and of those before it; None if there is none, or
-    none is on record."""
+@dataclass(frozen=True)
+class Earlier:
+    """The run that this one started from: the hash of its recipe, and what it and those before it
+    have cost. None where there was none, or its folder does not say."""
+
+    hash: str | None
+    cost: Mapping[str, float | None] | None
+
+
+def earlier_run(start: str) -> Earlier:
+    """What the folder ``start`` says of its run."""
+    summary = _read(Path(start) / "summary.json") if start else None
+    if summary is None:
+        return Earlier(None, None)
+    return Earlier(summary.get("hash"), {name: _sum(name, summary) for name in COUNTED})
+
+
+def _sum(name: str, summary: Mapping[str, Any]) -> float | None:
+    """A cost of a run and of those before it; None if one of them does not say."""
+    parts = [summary, *([summary["earlier"]] if summary.get("earlier") else [])]
+    values = [part.get(name) for part in parts]
+    return None if None in values else round(sum(values), 2)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
     try:
-        summary: Any = json.loads((Path(start) / "summary.json").read_text()) if start else None
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(summary, dict):
-        return None
-    parts = [summary, summary.get("earlier") or {}]
-    return {name: round(sum(part.get(name) or 0 for part in parts), 2) for name in COUNTED}
+    return found if isinstance(found, dict) else None

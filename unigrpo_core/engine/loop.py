@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from unigrpo_core.engine.checks import check_prompts, memory
 from unigrpo_core.engine.clock import Clock
-from unigrpo_core.engine.cost import Cost, earlier_cost
+from unigrpo_core.engine.cost import Cost, earlier_run
 from unigrpo_core.engine.evaluate import evaluate
 from unigrpo_core.engine.events import Log, events
 from unigrpo_core.engine.experience import gather
@@ -54,6 +54,7 @@ class Run:
         self.shown: dict[int, list[Card]] = {}
         self.step = 0  # the last one that was measured
         self.cost = Cost()
+        self.earlier = earlier_run(self.recipe.start)
 
     def __call__(self) -> dict[str, Any]:
         """Trains, evaluates, and returns the summary that it has written. Whatever ends it before
@@ -159,8 +160,10 @@ class Run:
             "after": after,
             "gain": {name: after[name] - before[name] for name in before if name in after},
             **self.cost.rounded(),
-            "earlier": earlier_cost(self.recipe.start),
+            "earlier": self.earlier.cost,
+            "start_hash": self.earlier.hash,
             "wall_s": round(seconds, 2),
+            "cpu_s": round(time.process_time(), 2),
         }
 
 

@@ -31,6 +31,7 @@ from unigrpo_core.loading import said
 from unigrpo_core.plugin import Placement
 from unigrpo_core.recipe import Recipe, Resolved
 from unigrpo_core.recipe.schema import RewardSlot, Slot
+from unigrpo_core.recipe.scored import scored
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -245,16 +246,13 @@ def _load(recipe: Recipe, policy: Policy, folder: Path) -> None:
 
 
 def _rewards(recipe: Recipe) -> tuple[tuple[NamedReward, ...], tuple[NamedReward, ...]]:
-    """The rewards and the monitors; a monitor that is one of the rewards is scored as that."""
-    same = [(slot.component, slot.options) for slot in recipe.rewards]
-    monitors = [slot for slot in recipe.monitors if (slot.component, slot.options) not in same]
-    named: list[NamedReward] = []
-    for slot in (*recipe.rewards, *monitors):
-        twins = sum(item.name.partition("#")[0] == slot.use for item in named)
-        name = f"{slot.use}#{twins + 1}" if twins else slot.use
+    """The rewards and the monitors."""
+    named = []
+    for name, slot in scored(recipe).items():
         weight = slot.weight if isinstance(slot, RewardSlot) else 0.0
         named.append(NamedReward(name, weight, slot.build(), slot.component.origin))
-    return tuple(named[: len(same)]), tuple(named[len(same) :])
+    count = len(recipe.rewards)
+    return tuple(named[:count]), tuple(named[count:])
 
 
 def _check_held_out(recipe: Recipe, source: PromptSource) -> None:
@@ -280,9 +278,9 @@ def _check_reads(
     }
     asked = [(item, {"the episode": recipe.episode, **evaluated}) for item in rewards]
     asked += [(item, evaluated) for item in monitors]
-    for item, scored in asked:
+    for item, ways in asked:
         for part, segment in READS.items():
-            for which, episode in scored.items():
+            for which, episode in ways.items():
                 if part in item.reward.reads and segment not in (episode or ()):
                     raise UserError(
                         f"reward {item.name!r} of {item.origin} reads the {part}, but {which} "

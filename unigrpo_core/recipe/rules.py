@@ -148,7 +148,7 @@ def _start(recipe: Recipe) -> Broke:
 
 
 def _after(recipe: Recipe) -> Broke:
-    if recipe.after and not Path(recipe.after).is_file():
+    if recipe.after and not recipe.start and not Path(recipe.after).is_file():
         yield Broken(("after",), f"should be a recipe's file, but there is no {recipe.after}")
 
 
