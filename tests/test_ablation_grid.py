@@ -275,21 +275,97 @@ def test_states(job):
     assert state(job) == "new"
     put(job)
     assert state(job) == "new"
-    put(job, "run.json", "metrics.jsonl", ".part-final")
+    job.mark.touch()
+    put(job, "run.json", "metrics.jsonl", ".part-summary.json")
     assert state(job) == "unfinished"
     put(job, "summary.json", "notes.txt")
     assert state(job) == "finished"
 
 
-def test_titles_and_stages_do_not_count(folder):
-    second = Job(cells("tiny.toml second.toml")[1], 0, Path("out"))
-    put(second, "run.json", "summary.json", title="another", after="x", start="y")
+@pytest.fixture
+def stages(folder):
+    """A first stage that is finished, and the run after it, which has not begun."""
+    first, second = (Job(cell, 0, Path("out")) for cell in cells("tiny.toml second.toml"))
+    put(first, "run.json", "summary.json")
+    return first, second
+
+
+def finish(second, start="out/tiny/seed-0", **summary):
+    put(second, "run.json", title="another", after="x", start=str(Path(start).absolute()))
+    (second.folder / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.mark.parametrize("summary", [{}, {"start_hash": "abc"}])
+def test_a_second_stage_is_finished_beside_the_run_that_it_started_from(stages, summary):
+    first, second = stages
+    about = json.loads((first.folder / "run.json").read_text())
+    (first.folder / "run.json").write_text(json.dumps({**about, "hash": "abc"}))
+    finish(second, **summary)
     assert state(second) == "finished"
+    Path("out").rename("moved")
+    moved = Job(second.cell, 0, Path("moved"))
+    assert state(moved) == "finished"
+    Path("moved").rename("elsewhere")
+    Path("moved").symlink_to("elsewhere")
+    assert state(moved) == "finished"
 
 
-@pytest.mark.parametrize("names", [["sheets"], ["recipe.toml", ".part-run.json", "metrics.jsonl"]])
+@pytest.mark.parametrize("found", [None, "other", "abcd"])
+def test_a_second_stage_of_another_run_of_its_first(stages, found):
+    first, second = stages
+    about = json.loads((first.folder / "run.json").read_text())
+    (first.folder / "run.json").write_text(json.dumps({**about, "hash": "abc"}))
+    finish(second, start_hash=found)
+    with pytest.raises(UserError) as caught:
+        state(second)
+    assert str(caught.value) == (
+        "out/second/seed-0 is in the way: it started from another run of tiny than the one that is "
+        "there; move it, or choose another --out"
+    )
+    assert (second.folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("start", ["out/tiny/seed-1", "out/other/seed-0", "mine"])
+def test_a_second_stage_of_another_folder(stages, start):
+    finish(stages[1], start)
+    told = f'its run is another: start is "{Path(start).absolute()}" there and "'
+    with pytest.raises(UserError, match=re.escape(told)):
+        state(stages[1])
+
+
+@pytest.mark.parametrize("left", ["nothing", "unfinished"])
+def test_a_second_stage_whose_first_is_not_there(stages, left):
+    first, second = stages
+    finish(second)
+    (first.folder / "summary.json").unlink()
+    first.mark.touch()
+    if left == "nothing":
+        clear(first)
+    with pytest.raises(UserError, match="it started from a run of tiny that is not there any more"):
+        state(second)
+
+
+def test_a_second_stage_whose_first_is_another(stages, capsys):
+    first, second = stages
+    finish(second)
+    put(first, "run.json", steps=7)
+    words = ("ablate", "tiny.toml", "second.toml", "--out", "out")
+    assert cli.main([*words]) == 1
+    [told] = capsys.readouterr().err.splitlines()[-1:]
+    assert told.startswith("out/tiny/seed-0 is in the way: its run is another: steps is 7 there")
+
+
+def test_what_a_recipe_comes_after_makes_no_other_run_of_one_start(folder):
+    (folder / "run" / "final").mkdir(parents=True)
+    write("other", "steps = 5")
+    told = refused("tiny.toml", ["after=second.toml,other.toml"], ["start=run"])
+    assert "are the same run; drop one of the values" in told
+
+
+@pytest.mark.parametrize("names", [[], ["recipe.toml", ".part-run.json", "metrics.jsonl"]])
 def test_what_a_kill_leaves_before_run_json(job, names):
     put(job, *names)
+    (job.folder / "sheets").mkdir()
     with pytest.raises(UserError, match="in the way: it is no run's folder"):
         state(job)
     job.mark.touch()
@@ -298,17 +374,48 @@ def test_what_a_kill_leaves_before_run_json(job, names):
     assert (state(job), job.folder.exists(), job.mark.exists()) == ("new", False, True)
 
 
-@pytest.mark.parametrize("mark", [False, True])
-def test_what_is_not_ours_stays(job, mark):
-    put(job, "run.json", "notes.txt")
-    if mark:
-        job.mark.touch()
-    with pytest.raises(UserError, match=r"seed-0 is in the way: .* no run has written its notes"):
-        state(job)
-    (job.folder / "run.json").unlink()
-    with pytest.raises(UserError, match="seed-0 is in the way"):
-        state(job)
-    assert (job.folder / "notes.txt").exists()
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("notes.txt", ".part-notes.txt", "sheets/favourite.png", "final/notes.txt", "sheets/a/b"),
+        *("tensorboard/mine", ".part-final/notes.txt", "metrics.jsonl/mine"),
+    ],
+)
+def test_what_is_not_ours_stays(job, name, whole):
+    put(job, *(["run.json"] if whole else []))
+    mine = job.folder / name
+    mine.parent.mkdir(exist_ok=True, parents=True)
+    mine.write_text("mine")
+    job.mark.touch()
+    for look in (state, clear):
+        with pytest.raises(UserError) as caught:
+            look(job)
+        told = "out/tiny/seed-0 is in the way: its run is unfinished, and no run has written its "
+        assert str(caught.value).startswith(told)
+    assert mine.read_text() == "mine"
+
+
+def test_a_run_that_no_call_has_begun_stays(job):
+    put(job, "run.json", "metrics.jsonl")
+    for look in (state, clear):
+        with pytest.raises(UserError, match=r"out/tiny/seed-0 is in the way: .* not begun by"):
+            look(job)
+    assert (job.folder / "metrics.jsonl").exists()
+
+
+def test_all_that_a_run_writes_is_known_as_its_own(job):
+    put(job, "run.json", "recipe.toml", "unigrpo_plugins.py", ".part-run.json", "evaluation.jsonl")
+    for name in (
+        *("sheets/step-00020.png", "sheets/before-after.png", "sheets/.part-step-00000.png"),
+        *("tensorboard/events.out.tfevents.1.host.2.0", "final/config.json", "final/merges.txt"),
+        *(".part-final/ema.safetensors", ".part-final/adapter/weights.safetensors"),
+    ):
+        (job.folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (job.folder / name).touch()
+    job.mark.touch()
+    clear(job)
+    assert not job.folder.exists()
 
 
 def test_other_things_in_the_way(job):
@@ -331,10 +438,10 @@ def test_other_things_in_the_way(job):
         state(job)
     put(job, "run.json", "summary.json")
     (job.folder / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary.json cannot be read: it is no JSON text"):
+    with pytest.raises(UserError, match=r"summary.json is damaged: "):
         state(job)
     (job.folder / "run.json").write_text("[]")
-    with pytest.raises(UserError, match=r"run.json cannot be read: it holds no object"):
+    with pytest.raises(UserError, match=r"run.json is damaged: expected a JSON obj"):
         state(job)
 
 
@@ -365,13 +472,13 @@ def test_another_plugin_file(job):
 
 def test_the_call_tells_all_that_is_in_the_way(folder, capsys):
     for name in ("tiny", "second"):
-        Path("runs/ablation", name, "seed-1", "x").mkdir(parents=True)
+        Path("runs/ablate", name, "seed-1", "x").mkdir(parents=True)
     for extra in ([], ["--dry-run"]):
         code = cli.main(["ablate", "tiny.toml", "second.toml", "--seeds", "0,1", *extra])
         told = capsys.readouterr().err.splitlines()
         assert (code, len(told)) == (1, 2)
-        assert told[1].startswith("runs/ablation/second/seed-1 is in the way: it is no run's")
-    assert not Path("runs/ablation/tiny/seed-0").exists()
+        assert told[1].startswith("runs/ablate/second/seed-1 is in the way: it is no run's")
+    assert not Path("runs/ablate/tiny/seed-0").exists()
 
 
 def test_the_folder_cannot_be_made(folder, capsys):
@@ -385,6 +492,7 @@ def test_a_dry_run_lists_and_makes_nothing(folder, capsys):
     finished, left = (Job(cells()[0], seed, Path("out")) for seed in (0, 1))
     put(finished, "run.json", "summary.json")
     put(left, "run.json")
+    left.mark.touch()
     before = {path: os.stat(path).st_mtime_ns for path in folder.rglob("*")}
     assert cli.main([*argv, "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -395,6 +503,46 @@ def test_a_dry_run_lists_and_makes_nothing(folder, capsys):
         "tiny seed 1: to run again: it is unfinished",
     ]
     assert {path: os.stat(path).st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def said_first(capsys, *words):
+    """The notes of a dry run."""
+    assert cli.main(["ablate", *words, "--dry-run"]) == 0
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (["--axis", "text.temperature=1,.9"], "text.temperature"),
+        (["--axis", "image.size=[8,8],[8,12]"], "image.size"),
+        (["--axis", "evaluation.final_prompts=2,3"], "evaluation.final_prompts"),
+        (["--axis", "evaluation.every=0,1", "--axis", "image.lr=.1,.2"], None),
+        (["bare.toml"], "evaluation.episode"),
+        (["bare.toml", "--set", "evaluation.episode=['draw']"], None),
+        (
+            ["--axis", "text.temperature=1,.9", "--axis", "text.max_tokens=2,3"],
+            "text.max_tokens and text.temperature",
+        ),
+    ],
+)
+def test_cells_that_compare_will_refuse_are_told(folder, capsys, words, keys):
+    write("bare", "episode = ['draw']\ntrain = ['image']\ngroup = { fan_out = [4] }")
+    told = said_first(capsys, "tiny.toml", *words)
+    apart = f"note: these cells differ in {keys}, so compare will not put them into one table"
+    assert told == ([apart] if keys else [])
+
+
+def test_more_threads_than_one_are_told(folder, capsys):
+    write("other", "compute = { threads = 4 }")
+    assert said_first(capsys, "tiny.toml", "other.toml") == [
+        "note: other uses compute.threads = 4; runs side by side then compete"
+    ]
+    many = said_first(capsys, "tiny.toml", "--axis", "image.lr=1,2,3,4", "--set=compute.threads=2")
+    assert many == [
+        "note: tiny,lr=1, tiny,lr=2, tiny,lr=3 and 1 more use compute.threads = 2; "
+        "runs side by side then compete"
+    ]
 
 
 def test_only_one_call_holds_a_folder(folder, monkeypatch):

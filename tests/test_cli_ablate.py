@@ -15,6 +15,7 @@ import tiny
 
 from unigrpo_core import cli
 from unigrpo_core.ablation import places, schedule
+from unigrpo_core.ablation.written import foreign
 
 TESTS = Path(__file__).parent
 STAND_IN = (sys.executable, "-P", str(TESTS / "stand_in_run.py"))
@@ -65,10 +66,10 @@ def title(name, text):
     file.write_text(top + file.read_text())
 
 
-def began(*words):
+def began(*words, stdout=subprocess.PIPE):
     """The verb with the stand-in, begun in a process of its own."""
     command = [sys.executable, "-P", "-c", DRIVER, "ablate", *words, "--out", "out"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(*files, process=None):
@@ -87,6 +88,11 @@ def timeless(lines):
     return [re.sub(r"in \d+ s", "in _ s", line) for line in lines]
 
 
+def ends(lines):
+    """The lines without those that say that a run has started."""
+    return [line for line in timeless(lines) if ": started, log " not in line]
+
+
 def standing(folder):
     """Every file below with its bytes and the time it was changed."""
     return {
@@ -103,13 +109,21 @@ def test_stages_and_places(ablate):
     words = ("second.toml", "tiny.toml", "other.toml", "--jobs", "2")
     code, out, err = ablate(*words)
     assert (code, err) == (0, "")
-    assert out[0] == "3 cells x 1 seed = 3 runs, 2 at a time"
+    assert out[:3] == [
+        "3 cells x 1 seed = 3 runs, 2 at a time",
+        "[0/3] tiny seed 0: started, log out/tiny/seed-0.log",
+        "[0/3] other seed 0: started, log out/other/seed-0.log",
+    ]
+    assert any(
+        line.endswith("/3] second seed 0: started, log out/second/seed-0.log") for line in out
+    )
+    out = ends(out)
     assert sorted(line.partition(" seed")[0].partition("] ")[2] for line in out[1:4]) == [
         "other",
         "second",
         "tiny",
     ]
-    assert timeless(out)[3] == "[3/3] second seed 0: done in _ s, gold 0.250 > 0.500"
+    assert out[3] == "[3/3] second seed 0: done in _ s, gold 0.250 > 0.500"
     assert out[4:] == [
         "3 of 3 runs finished",
         "results: out; compare them with: unigrpo compare out",
@@ -130,7 +144,7 @@ def test_more_seeds_leave_what_is_finished(ablate):
     before = standing("out/tiny")
     code, out, _ = ablate("tiny.toml", "--seeds", "0,1")
     assert (code, out[0]) == (0, "1 cell x 2 seeds = 2 runs, 1 finished already, 1 at a time")
-    assert timeless(out)[1] == "[2/2] tiny seed 1: done in _ s, gold 0.250 > 0.500"
+    assert ends(out)[1] == "[2/2] tiny seed 1: done in _ s, gold 0.250 > 0.500"
     after = standing("out/tiny")
     assert {path: after[path] for path in before} == before
 
@@ -146,7 +160,7 @@ def test_a_failing_stage(ablate):
     failed = "failed with exit code 3: the judge | is down; see out/tiny/seed-0.log"
     skipped = "skipped: its first stage, {} seed 0, is not there"
     assert code == 1
-    assert timeless(out) == [
+    assert ends(out) == [
         "4 cells x 1 seed = 4 runs, 1 at a time",
         f"[1/4] tiny seed 0: {failed}",
         f"[2/4] second seed 0: {skipped.format('tiny')}",
@@ -169,14 +183,14 @@ def test_a_failing_stage(ablate):
     ("how", "told"),
     [
         ("is killed", "failed with SIGKILL (out of memory?): it has said nothing; see out/tiny/"),
-        ("forgets", "failed: out/tiny/seed-0/summary.json cannot be read: No such file or"),
+        ("forgets", "failed: it has left no summary.json; see out/tiny/seed-0.log"),
     ],
 )
 def test_other_ways_to_fail(ablate, how, told):
     title("tiny", how)
     code, out, _ = ablate("tiny.toml")
     assert code == 1
-    assert out[1].startswith(f"[1/1] tiny seed 0: {told}")
+    assert ends(out)[1].startswith(f"[1/1] tiny seed 0: {told}")
 
 
 def test_a_run_that_cannot_be_started(ablate):
@@ -185,7 +199,7 @@ def test_a_run_that_cannot_be_started(ablate):
     assert code == 1
     assert out[1].startswith("[1/2] tiny seed 0: failed: it cannot be started: ")
     assert "Is a directory" in out[1]
-    assert out[2].startswith("[2/2] tiny seed 1: done")
+    assert ends(out)[2].startswith("[2/2] tiny seed 1: done")
 
 
 def test_a_changed_recipe(ablate):
@@ -198,6 +212,45 @@ def test_a_changed_recipe(ablate):
         "move it, or choose another --out\n"
     )
     assert standing("out") == before
+
+
+def test_a_recipe_that_is_edited_meanwhile(ablate):
+    write("other", "title = 'waits'")
+    one = began("other.toml", "tiny.toml", "second.toml")
+    wait_for("out/other/seed-0/run.json", process=one)
+    tiny_file = Path("tiny.toml")
+    tiny_file.write_text(tiny_file.read_text().replace("steps = 1\n", "steps = 3\n", 1))
+    Path("go").touch()
+    out = ends(one.communicate()[0].splitlines())
+    why = "failed: the recipe was changed meanwhile: steps is 3 there and 1 here; see"
+    assert one.returncode == 1
+    assert out[2:4] == [
+        f"[2/3] tiny seed 0: {why} out/tiny/seed-0.log",
+        "[3/3] second seed 0: skipped: its first stage, tiny seed 0, is not there",
+    ]
+    assert Path("out/tiny/seed-0/summary.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_behind_the_output_stops_no_run(ablate):
+    with open("/dev/full", "w") as full:
+        one = began("tiny.toml", "second.toml", stdout=full)
+        err = one.communicate()[1]
+    assert events() == ["start tiny", "end tiny", "start second", "end second"]
+    assert one.returncode == 1
+    assert "No space left" in err
+    assert "that stopped no run: 2 of 2 runs finished; out keeps them and their logs" in err
+    assert "a bug" not in err
+
+
+def test_a_closed_pipe_stops_no_run(ablate):
+    title("tiny", "waits")
+    one = began("tiny.toml", "second.toml")
+    wait_for("out/tiny/seed-0/run.json", process=one)
+    one.stdout.close()
+    Path("go").touch()
+    assert (one.wait(), one.stderr.read()) == (141, "")
+    assert Path("out/second/seed-0/summary.json").exists()
 
 
 # --- ended before -----------------------------------------------------------------------------
@@ -284,6 +337,7 @@ def test_real_runs_killed_resumed_and_failing(folder, capfd):
     values = json.loads((second_run / "run.json").read_text())["values"]
     assert (values["image"]["weight"], values["train"]) == (0.5, ["image"])
     assert values["start"] == str(tiny_run)
-    assert {path.name for path in second_run.iterdir()} <= {*places.WRITTEN, "summary.json"}
+    (second_run / "summary.json").unlink()
+    assert foreign(second_run) is None
     first, second = tiny.final_weights(tiny_run), tiny.final_weights(second_run)
     assert all(second[name].equal(first[name]) != tiny.is_image(name) for name in first)

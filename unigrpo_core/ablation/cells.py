@@ -123,7 +123,7 @@ def _labels(cells: Sequence[Sequence[Run]]) -> list[str]:
     labels = []
     for name, runs in zip(names, cells, strict=True):
         namesakes = [said(o[0]) for other, o in zip(names, cells, strict=True) if other == name]
-        paths = [path for path in _differing(namesakes) if path not in APART]
+        paths = [path for path in differing(namesakes) if path not in APART]
         mine = said(runs[0])
         marks = [
             f"{tail}={toml_value(mine[path]) if path in mine else '-'}"
@@ -143,7 +143,8 @@ def _distinct(labels: Sequence[str]) -> list[str]:
     return found
 
 
-def _differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The paths whose values are not the same in all of them."""
     paths = dict.fromkeys(path for table in tables for path in table)
     return [p for p in paths if any(table.get(p) != tables[0].get(p) for table in tables)]
 
@@ -176,10 +177,14 @@ def check_one_world(runs: Sequence[Run]) -> None:
 
 def _world(run: Run) -> dict[str, Any]:
     """What must be equal for runs to be compared, by dotted path."""
-    values = said(run)
+    return {**world(said(run)), "prompts evaluated": list(run.prompts)}
+
+
+def world(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a recipe's values by dotted path those that must be equal for runs to be compared."""
     found = {key: value for key, value in values.items() if WORLD.fullmatch(key)}
     found.setdefault("evaluation.episode", values.get("episode"))
-    return {**found, "prompts evaluated": list(run.prompts)}
+    return found
 
 
 def _apart(key: str, *pair: tuple[Run, Any]) -> str:

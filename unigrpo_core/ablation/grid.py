@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from unigrpo_core.ablation.axes import Axis, cell_name, parse_axis, tails
-from unigrpo_core.ablation.jobs import Cell
+from unigrpo_core.ablation.jobs import Cell, counted
 from unigrpo_core.catalog import Catalog
 from unigrpo_core.errors import PluginError, UsageError, shown
 from unigrpo_core.recipe import (
@@ -162,17 +161,13 @@ def _twice(cells: Mapping[tuple[Path, int], Cell]) -> Iterator[str]:
             yield f"two cells would be called {cell.name}: {_axes_of(other)} and {_axes_of(cell)}"
             continue
         for known in values:
-            if known.recipe == cell.recipe and _counted(known.values) == _counted(cell.values):
+            if known.recipe == cell.recipe and counted(known.values) == counted(cell.values):
                 yield f"{known.name} and {cell.name} are the same run; drop one of the values"
         values.append(cell)
 
 
 def _axes_of(cell: Cell) -> str:
     return " ".join([shown(cell.recipe), *cell.overrides])
-
-
-def _counted(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != "title"}
 
 
 def _linked(

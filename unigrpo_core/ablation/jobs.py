@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_core.recipe import toml_value
+from unigrpo_core.recipe.emit import leaves
+from unigrpo_core.recipe.resolve import ASIDE
+from unigrpo_core.recipe.source import dotted
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,10 @@ class Job:
             overrides.append(f"start={toml_value(str(self.first.folder.absolute()))}")
         sets = [word for override in overrides for word in ("--set", override)]
         return ["run", str(self.cell.recipe), "--out", str(self.folder), *sets]
+
+
+def counted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run, by dotted path: its recipe's values but for those in ASIDE, which are a
+    title, and the recipe that comes first: of that a run has only the folder, its `start`."""
+    kept = {key: value for key, value in values.items() if key not in ASIDE}
+    return {dotted(path): value for path, value in leaves(kept)}

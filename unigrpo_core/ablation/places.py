@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -11,12 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from unigrpo_core.ablation.jobs import Job
+from unigrpo_core.ablation.files import damage, read_json
+from unigrpo_core.ablation.jobs import Job, counted
+from unigrpo_core.ablation.written import foreign
 from unigrpo_core.errors import UserError, shown
 from unigrpo_core.loading import PLUGIN_FILE
 from unigrpo_core.recipe import toml_value
-from unigrpo_core.recipe.emit import leaves
-from unigrpo_core.recipe.resolve import ASIDE
 
 try:
     import fcntl
@@ -25,20 +24,6 @@ except ImportError:  # Windows: two calls at once are not found out there
 
 State = Literal["new", "unfinished", "finished"]
 
-WRITTEN = frozenset(
-    {
-        "run.json",
-        "recipe.toml",
-        PLUGIN_FILE,
-        "metrics.jsonl",
-        "timing.jsonl",
-        "evaluation.jsonl",
-        "tensorboard",
-        "sheets",
-        "final",
-    }
-)
-"""What a run writes at the top of its folder before its summary."""
 LOCK = ".ablate.lock"
 PATIENCE = 5.0  # seconds in which the runs of a call that was killed end
 SHOWN = 3  # keys that a message shows at most
@@ -102,28 +87,30 @@ def state(job: Job) -> State:
     except OSError as error:
         raise UserError(f"{shown(folder)} cannot be read: {error.strerror}") from error
     if "run.json" in names:
-        _same(job)
+        if change := changed(job):
+            raise _taken(folder, f"its run is another: {change}")
         if "summary.json" in names:
-            summary(folder)
+            _check_first(job)
             return "finished"
     elif not names:
         return "new"
     elif not os.path.lexists(job.mark):
         raise _taken(folder, "it is no run's folder: it holds no run.json")
-    foreign = sorted(n for n in names - WRITTEN if not n.startswith(".part-"))
-    if foreign:
-        raise _taken(folder, f"its run is unfinished, and no run has written its {foreign[0]}")
-    if folder.is_symlink():
-        raise _taken(folder, "its run is unfinished, and it is a link")
+    _check_ours(job)
     return "unfinished"
 
 
 def clear(job: Job) -> None:
-    """Makes the place of an unfinished run free. Its mark is set first: what a kill leaves of the
-    folder is then still known as ours."""
-    job.mark.touch()
-    if job.folder.is_dir() and any(job.folder.iterdir()):
+    """Makes the place of a run free, and sets its mark: what a kill leaves of its folder is then
+    known as ours.
+
+    Raises:
+        UserError: something has come into its place that is not ours.
+        OSError: it cannot be removed, or the mark cannot be set.
+    """
+    if state(job) == "unfinished":
         shutil.rmtree(job.folder)
+    job.mark.touch()
 
 
 def unmark(job: Job) -> None:
@@ -131,38 +118,22 @@ def unmark(job: Job) -> None:
         job.mark.unlink(missing_ok=True)
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """A finished run's ``summary.json``.
+def changed(job: Job) -> str:
+    """How the run in the folder differs from that of the job; empty if it is the same.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: its ``run.json`` cannot be read.
     """
-    return _read(folder / "summary.json")
-
-
-def _taken(path: Path, why: str) -> UserError:
-    return UserError(f"{shown(path)} is in the way: {why}; move it, or choose another --out")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        why = (isinstance(error, OSError) and error.strerror) or "it is no JSON text"
-        raise UserError(f"{shown(file)} cannot be read: {why}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{shown(file)} cannot be read: it holds no object")
-    return found
-
-
-def _same(job: Job) -> None:
-    """Raises a UserError unless the run in the folder is that of the job."""
-    found = _read(job.folder / "run.json")
-    theirs = found.get("values")
-    if not isinstance(theirs, dict):
-        raise _taken(job.folder, "its run.json is not one of a run")
-    ours, theirs = _counted(job, job.values), _counted(job, theirs)
-    was = (found.get("plugin_file") or {}).get("sha256", "")
+    file = job.folder / "run.json"
+    about = read_json(file)
+    with damage(file):
+        theirs = counted(about["values"])
+        was = str((about.get("plugin_file") or {}).get("sha256", ""))
+    ours = counted(job.values)
+    if job.first is not None:
+        ours["start"] = str(job.first.folder.absolute())
+        if _one_place(Path(str(theirs.get("start"))), job.first.folder):
+            theirs["start"] = ours["start"]
     if job.cell.plugin_file != was:
         ours |= {PLUGIN_FILE: job.cell.plugin_file[:12]}
         theirs |= {PLUGIN_FILE: was[:12]}
@@ -171,16 +142,48 @@ def _same(job: Job) -> None:
         for key in dict.fromkeys((*ours, *theirs))
         if ours.get(key) != theirs.get(key)
     ]
-    if differ:
-        more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
-        raise _taken(job.folder, f"its run is another: {', '.join(differ[:SHOWN])}{more}")
+    more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+    return f"{', '.join(differ[:SHOWN])}{more}"
 
 
-def _counted(job: Job, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that make the run, by dotted path."""
-    aside = (*ASIDE, "start") if job.first else ASIDE
-    kept = {key: value for key, value in values.items() if key not in aside}
-    return {".".join(map(str, path)): value for path, value in leaves(kept)}
+def _one_place(start: Path, first: Path) -> bool:
+    """Whether a run that started from ``start`` started from the folder ``first`` of its ablation,
+    which may have been moved as a whole since."""
+    return start.parts[-2:] == first.parts[-2:] or start.resolve() == first.resolve()
+
+
+def _check_first(job: Job) -> None:
+    """Raises a UserError unless a finished run started from the first stage that is there."""
+    summary, first = read_json(job.folder / "summary.json"), job.first
+    if first is None:
+        return
+    name = first.cell.name
+    if state(first) != "finished":
+        raise _taken(job.folder, f"it started from a run of {name} that is not there any more")
+    here = read_json(first.folder / "run.json").get("hash")
+    if summary.get("start_hash", here) != here:  # runs of older versions do not say
+        why = f"it started from another run of {name} than the one that is there"
+        raise _taken(job.folder, why)
+
+
+def _check_ours(job: Job) -> None:
+    """Raises a UserError unless all of an unfinished run's folder may be removed."""
+    folder = job.folder
+    if folder.is_symlink():
+        raise _taken(folder, "its run is unfinished, and it is a link")
+    if not os.path.lexists(job.mark):
+        raise _taken(folder, "its run is unfinished, and was not begun by unigrpo ablate")
+    try:
+        strange = foreign(folder)
+    except OSError as error:
+        raise UserError(f"{shown(folder)} cannot be read: {error.strerror}") from error
+    if strange is not None:
+        inner = strange.relative_to(folder)
+        raise _taken(folder, f"its run is unfinished, and no run has written its {inner}")
+
+
+def _taken(path: Path, why: str) -> UserError:
+    return UserError(f"{shown(path)} is in the way: {why}; move it, or choose another --out")
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

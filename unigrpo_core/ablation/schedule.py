@@ -13,8 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from unigrpo_core.ablation.files import damage, read_json
 from unigrpo_core.ablation.jobs import Job
-from unigrpo_core.ablation.places import clear, summary, unmark
+from unigrpo_core.ablation.places import changed, clear, state, unmark
 from unigrpo_core.errors import UserError, shown
 
 CHILD = (sys.executable, "-P", "-m", "unigrpo_core.ablation.child")
@@ -94,10 +95,11 @@ class Schedule:
                     env={**os.environ, **THREADS},
                     pass_fds=tuple(self.held),
                 )
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._lose(job, f"failed: it cannot be started: {error}")
             return
         self.running[job.folder] = job, Running(process, time.monotonic())
+        self._say(job, f"started, log {shown(job.log)}")
 
     def _ended(self, job: Job, running: Running) -> None:
         assert running.process.stdin is not None
@@ -108,7 +110,7 @@ class Schedule:
             self._lose(job, f"failed with {_code(code)}: {last}; see {shown(job.log)}")
             return
         try:
-            figures = _figures(job.folder)
+            figures = _figures(job)
         except UserError as error:
             self._lose(job, f"failed: {error}; see {shown(job.log)}")
             return
@@ -171,9 +173,19 @@ def _full(out: Path) -> str:
     return " (the disk is full)" if full else ""
 
 
-def _figures(folder: Path) -> str:
-    """The first metric of a finished run, before and after."""
-    found = summary(folder)
-    before, after = found.get("before", {}), found.get("after", {})
-    name = next((key for key in before if key in after), None)
-    return "" if name is None else f", {name} {before[name]:.3f} > {after[name]:.3f}"
+def _figures(job: Job) -> str:
+    """The first metric of a finished run, before and after.
+
+    Raises:
+        UserError: what was run is not the job, or is not finished.
+    """
+    if change := changed(job):
+        raise UserError(f"the recipe was changed meanwhile: {change}")
+    if state(job) != "finished":
+        raise UserError("it has left no summary.json")
+    file = job.folder / "summary.json"
+    found = read_json(file)
+    with damage(file):
+        before, after = found.get("before", {}), found.get("after", {})
+        name = next((key for key in before if key in after), None)
+        return "" if name is None else f", {name} {before[name]:.3f} > {after[name]:.3f}"

@@ -47,8 +47,8 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        default=Path("runs", "ablation"),
-        help="the runs become DIR/CELL/seed-S; default: runs/ablation",
+        default=Path("runs", "ablate"),
+        help="the runs become DIR/CELL/seed-S; default: runs/ablate",
     )
     add_set(parser)
     parser.add_argument(
@@ -60,6 +60,7 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 def ablate(arguments: argparse.Namespace) -> int:
     from unigrpo_core.ablation.grid import grid, parse_seeds
     from unigrpo_core.ablation.jobs import Job
+    from unigrpo_core.ablation.notes import notes
     from unigrpo_core.ablation.places import locked, unmark
     from unigrpo_core.ablation.schedule import Schedule
 
@@ -70,19 +71,24 @@ def ablate(arguments: argparse.Namespace) -> int:
     counted = f"{_many(len(cells), 'cell')} x {_many(len(seeds), 'seed')}"
     if arguments.dry_run:
         states = _states(jobs)
-        _say(f"{counted} = {_many(len(jobs), 'run')} in {shown(out)}")
+        print(f"{counted} = {_many(len(jobs), 'run')} in {shown(out)}")
+        for note in notes(cells):
+            print(f"note: {note}")
         for job, state in zip(jobs, states, strict=True):
             waits = f", after {job.first.name}" if job.first and state != "finished" else ""
-            _say(f"{job.name}: {WORDS[state]}{waits}")
+            print(f"{job.name}: {WORDS[state]}{waits}")
         return 0
+    say = _Voice()
     with locked(out) as held:
         states = _states(jobs)
         finished = [job for job, state in zip(jobs, states, strict=True) if state == "finished"]
         already = f", {len(finished)} finished already" if finished else ""
-        _say(f"{counted} = {_many(len(jobs), 'run')}{already}, {slots} at a time")
+        say(f"{counted} = {_many(len(jobs), 'run')}{already}, {slots} at a time")
+        for note in notes(cells):
+            say(f"note: {note}")
         for job in finished:
             unmark(job)
-        schedule = Schedule(jobs, finished, slots, held, _say)
+        schedule = Schedule(jobs, finished, slots, held, say)
         try:
             schedule()
         except BaseException as error:
@@ -90,12 +96,16 @@ def ablate(arguments: argparse.Namespace) -> int:
             error.add_note(f"{shown(out)} keeps {done}; the same command goes on from there")
             raise
     lost = list(schedule.lost.values())
-    _say(f"{len(schedule.finished)} of {_many(len(jobs), 'run')} finished")
+    done = f"{len(schedule.finished)} of {_many(len(jobs), 'run')} finished"
+    say(done)
     for job, why in lost:
-        _say(f"  {job.name}: {why}")
+        say(f"  {job.name}: {why}")
     if lost:
-        _say("the same command tries these again")
-    _say(f"results: {shown(out)}; compare them with: unigrpo compare {shlex.quote(shown(out))}")
+        say("the same command tries these again")
+    say(f"results: {shown(out)}; compare them with: unigrpo compare {shlex.quote(shown(out))}")
+    if say.broken is not None:
+        say.broken.add_note(f"that stopped no run: {done}; {shown(out)} keeps them and their logs")
+        raise say.broken
     return 1 if lost else 0
 
 
@@ -128,5 +138,15 @@ def _many(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+class _Voice:
+    """Prints lines. A standard output that fails, be it a full disk or a closed pipe, stops no run:
+    the first error is kept in ``broken``."""
+
+    def __init__(self) -> None:
+        self.broken: OSError | None = None
+
+    def __call__(self, line: str) -> None:
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            self.broken = self.broken or error
