@@ -125,7 +125,7 @@ def test_stages_and_places(ablate):
     ]
     assert out[3] == "[3/3] second seed 0: done in _ s, gold 0.250 > 0.500"
     assert out[4:] == [
-        "3 of 3 runs finished",
+        "3 of 3 runs finished; CPU time of these runs, evaluation included: 1.5 min",
         "results: out; compare them with: unigrpo compare out",
     ]
     happened = events()
@@ -166,7 +166,7 @@ def test_a_failing_stage(ablate):
         f"[2/4] second seed 0: {skipped.format('tiny')}",
         f"[3/4] third seed 0: {skipped.format('second')}",
         "[4/4] other seed 0: done in _ s, gold 0.250 > 0.500",
-        "1 of 4 runs finished",
+        "1 of 4 runs finished; CPU time of these runs, evaluation included: 0.5 min",
         f"  tiny seed 0: {failed}",
         f"  second seed 0: {skipped.format('tiny')}",
         f"  third seed 0: {skipped.format('second')}",

@@ -97,7 +97,7 @@ def ablate(arguments: argparse.Namespace) -> int:
             raise
     lost = list(schedule.lost.values())
     done = f"{len(schedule.finished)} of {_many(len(jobs), 'run')} finished"
-    say(done)
+    say(f"{done}; CPU time of these runs, evaluation included: {_cpu(schedule.finished)}")
     for job, why in lost:
         say(f"  {job.name}: {why}")
     if lost:
@@ -126,6 +126,16 @@ def _states(jobs: Sequence[Job]) -> list[State]:
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return states
+
+
+def _cpu(folders: Sequence[Path]) -> str:
+    """The CPU time of whole runs, where each says what it took."""
+    from unigrpo_core.ablation.files import read_json
+
+    spent = [read_json(folder / "summary.json").get("cpu_s") for folder in folders]
+    known = [seconds for seconds in spent if seconds is not None]
+    unknown = f" ({len(spent) - len(known)} do not say)" if len(known) < len(spent) else ""
+    return f"{sum(known) / 60:.1f} min{unknown}"
 
 
 def _slots(text: str) -> int:
