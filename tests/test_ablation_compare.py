@@ -3,9 +3,11 @@
 import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from copy import deepcopy
+from hashlib import sha256
 from io import StringIO
 from math import sqrt
 
@@ -192,7 +194,8 @@ def test_at_a_step_between_evaluations(found, grid):
 def test_at_equal_seconds(found, grid):
     """joint ends after 8 s, a_plain after 16 s: at 8 s it is at step 2."""
     data = found(grid, "--at", "cpu:min")
-    assert data["at"] == {"kind": "cpu", "where": 8.0}
+    assert data == found(grid, "--at", "seconds:min")
+    assert data["at"] == {"kind": "seconds", "where": 8.0}
     assert cell(data, "joint")["metrics"]["gold"]["at"]["values"] == [0.8, 0.7, 0.6]
     assert cell(data, "a_plain")["metrics"]["gold"]["at"]["values"] == [0.5, 0.5]
     learned = cell(found(grid, "--at", "cpu:6"), "a_plain")["metrics"]["learned"]
@@ -268,11 +271,29 @@ def test_on_a_gpu_seconds_are_those_of_the_wall(found, compare, tmp_path):
     assert " 10.0+ (GPU) " in compare(tmp_path)[1]
 
 
-def test_stages_that_are_not_on_record_are_told(found, tmp_path):
+def test_stages_that_are_not_on_record_are_told(found, compare, tmp_path):
     by_hand(tmp_path / "run", GOLD[0], start="/gone")
-    assert found(tmp_path)["notes"] == [
-        "hand: what the stages before took is not on record, nor in its cost"
+    data = found(tmp_path)
+    assert data["notes"] == [
+        "hand: what the stages before took is not on record (train s, network calls, tokens): the "
+        "files of its runs cover the last stage only"
     ]
+    [only] = data["cells"]
+    assert (only["cost"]["seconds"], only["cost"]["tokens"]) == (None, None)
+    assert only["runs"][0]["seconds"] is None
+    _, out, _ = compare(tmp_path, "--at", "seconds:4", "--figure", tmp_path / "a.svg")
+    cost = out[out.index("cost per run") :].splitlines()[2]
+    assert cost.split() == ["hand", "-", "8", "-", "-", "-", "+0.20"]
+    assert "no gold at 4.0 s: the seconds of the stages before are not on record" in out
+
+
+def test_a_cost_that_one_stage_lacks_is_not_zero(found, tmp_path):
+    before = {"train_cpu_s": 5.0, "network_calls": None, "tokens": 7}
+    by_hand(tmp_path / "run", GOLD[0], start="/first", earlier=before)
+    data = found(tmp_path)
+    cost = data["cells"][0]["cost"]
+    assert (cost["network_calls"], cost["tokens"]["mean"]) == (None, 107)
+    assert "not on record (network calls)" in data["notes"][0]
 
 
 def test_views_have_a_table_of_their_own(found, compare, grid):
@@ -281,11 +302,13 @@ def test_views_have_a_table_of_their_own(found, compare, grid):
     assert cell(data, "a_plain")["metrics"]["swapped:gold"]["final"]["mean"] == pytest.approx(0.15)
     lines = compare(grid)[1].splitlines()
     at = lines.index("final gold by view")
-    assert lines[at + 1].split() == ["cell", "as", "trained", "for", "swapped"]
+    assert lines[at + 1].split() == ["cell", "evaluation", "swapped"]
     assert lines[at + 2].split()[:5] == ["a_plain", "!", "0.400", "±", "0.000"]
     data = found(grid, "--metric", "swapped:gold", "--at", "step:2")
     assert cell(data, "joint")["metrics"]["swapped:gold"]["at"] is None
     assert any("evaluated at the start and the end only" in note for note in data["notes"])
+    data = found(grid, "--metric", "swapped:gold", "--at", "step:4")  # which needs no line
+    assert cell(data, "joint")["metrics"]["swapped:gold"]["at"]["mean"] == pytest.approx(0.45)
 
 
 # --- cells ------------------------------------------------------------------------------------
@@ -320,6 +343,45 @@ def test_another_plugin_file_makes_another_cell(found, tmp_path):
     assert labels == ['hand plugin_file="a1b2c3d4"', 'hand plugin_file="ffffffff"']
 
 
+def test_other_first_stages_make_other_cells(found, tmp_path):
+    for stage in ("image", "text"):
+        for seed in (0, 1):
+            by_hand(
+                tmp_path / f"{stage}_first/second/seed-{seed}", GOLD[seed], seed=seed,
+                start=f"/runs/{stage}/seed-{seed}",
+            )  # fmt: skip
+    by_hand(
+        tmp_path / "z/second/seed-7", GOLD[0], seed=7, start="/other/seed-7",
+        after="recipes/image.toml",
+    )  # fmt: skip
+    by_hand(tmp_path / "z/second/seed-8", GOLD[0], seed=8, start="/b", after="elsewhere/image.toml")
+    assert [(c["cell"], c["seeds"]) for c in found(tmp_path)["cells"]] == [
+        ('second start="/runs/image"', [0, 1]),
+        ('second start="/runs/text"', [0, 1]),
+        ('second start="image"', [7, 8]),
+    ]
+
+
+def test_rows_of_a_swept_axis_are_in_the_order_of_numbers(found, tmp_path):
+    for text in ("10", ".5", "2", "1e-05", "-1"):
+        by_hand(tmp_path / f"a,lr={text}/seed-0", GOLD[0], image__lr=float(text))
+    for seed in (10, 9):
+        by_hand(tmp_path / f"b/seed-{seed}", GOLD[0], seed=seed)
+    labels = [c["cell"] for c in found(tmp_path)["cells"]]
+    assert labels == ["a,lr=-1", "a,lr=1e-05", "a,lr=.5", "a,lr=2", "a,lr=10", "b"]
+
+
+def test_linked_folders_are_followed(found, tmp_path):
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        by_hand(tmp_path / f"disk/{seed}", GOLD[seed], seed=seed)
+    (runs / "joint").mkdir(parents=True)
+    for seed in (0, 1):
+        (runs / f"joint/seed-{seed}").symlink_to(tmp_path / f"disk/{seed}")
+    (runs / "joint/round").symlink_to(runs)
+    assert [(c["cell"], c["seeds"]) for c in found(runs)["cells"]] == [("joint", [0, 1])]
+
+
 def test_the_same_run_twice_is_counted_once(found, grid):
     by_hand(grid / "again/seed-1", GOLD[1], seed=1, title="another title")
     data = found(grid, grid / "joint")
@@ -329,6 +391,97 @@ def test_the_same_run_twice_is_counted_once(found, grid):
     assert len(told) == 1
     assert "again/seed-1 and " in told[0]
     assert "again and joint have the same values: they are one cell, joint" in data["notes"]
+
+
+# --- metrics ----------------------------------------------------------------------------------
+
+
+def evaluated(folder, **metrics):
+    """Adds metrics to a run, each with one value for the three evaluations."""
+    file = folder / "evaluation.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        row.update(metrics)
+    write_lines(file, rows)
+
+
+def test_a_monitor_called_like_a_reward(found, tmp_path):
+    """Its metric is learned#2, and that is the gold, not what was trained on."""
+    folder = by_hand(
+        tmp_path / "run", GOLD[0], rewards=[{"use": "learned", "weight": 1.0, "checkpoint": "a"}],
+        monitors=[{"use": "learned", "checkpoint": "b"}],
+    )  # fmt: skip
+    evaluated(folder, **{"learned#2": 0.125})
+    data = found(tmp_path)
+    assert (data["metric"], data["proxy"]) == ("learned#2", "learned")
+    assert data["cells"][0]["metrics"]["learned#2"]["final"]["mean"] == 0.125
+
+
+def test_a_monitor_that_is_a_reward_too_is_the_gold(found, tmp_path):
+    gold = {"use": "gold", "checkpoint": "a"}
+    by_hand(
+        tmp_path / "run", GOLD[0], monitors=[gold],
+        rewards=[{"use": "learned", "weight": 1.0}, gold | {"weight": 0.5}],
+    )  # fmt: skip
+    assert (found(tmp_path)["metric"], found(tmp_path)["proxy"]) == ("gold", "learned")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"monitors": [{"use": "gold", "model": {"size": 2}}]}, "model.size of gold is absent in "),
+        ({"rewards": [{"use": "learned", "strict": True}]}, "strict of learned is absent in "),
+    ],
+)
+def test_another_reward_behind_the_same_name(compare, grid, change, told):
+    by_hand(grid / "z/seed-0", GOLD[0], **change)
+    err = refused(compare, grid)
+    assert f"these runs cannot be compared: {told}" in err
+    assert "a_plain/seed-0, but " in err
+    assert err.rstrip().endswith("z/seed-0")
+
+
+def test_options_of_what_is_not_shown_may_differ(found, grid):
+    by_hand(
+        grid / "z/seed-0", GOLD[0], rewards=[*VALUES["rewards"][:1], {"use": "other", "strict": 1}]
+    )
+    assert len(found(grid)["cells"]) == 3
+
+
+def with_plugins(folder, source, version="1"):
+    about = json.loads((folder / "run.json").read_text())
+    about["plugins"] = {"unigrpo": version, "unigrpo_plugins.py": "-"}
+    about["plugin_file"] = {"file": "p.py", "sha256": sha256(source.encode()).hexdigest()}
+    (folder / "run.json").write_text(json.dumps(about))
+    (folder / "unigrpo_plugins.py").write_text(source)
+
+
+def test_a_metric_of_another_plugin_file(compare, found, tmp_path):
+    for number, version in enumerate(("1", "2")):
+        folder = by_hand(tmp_path / f"{number}/seed-0", GOLD[0], image__lr=float(number + 1))
+        with_plugins(folder, f"Provider('gold', {version})", version)
+    err = refused(compare, tmp_path)
+    assert "cannot be compared: the plugin file unigrpo_plugins.py of gold is " in err
+    data = found(tmp_path, "--metric", "learned")  # which is of no plugin file
+    notes = "\n".join(data["notes"])
+    assert f"unigrpo differs between runs: 1 in {tmp_path}/0/seed-0, 2 in {tmp_path}/1" in notes
+    assert "unigrpo_plugins.py differs between runs: " in notes
+    (tmp_path / "1/seed-0/unigrpo_plugins.py").write_text("(")  # nothing can be known of it
+    assert "unigrpo_plugins.py of learned is absent in " in refused(
+        compare, tmp_path, "--metric", "learned"
+    )
+
+
+def test_first_evaluations_differ_by_the_size_of_the_metric(compare, found, tmp_path):
+    for number, value in enumerate((500.0, 504.0, 506.0)):
+        folder = by_hand(tmp_path / f"{number}/seed-0", GOLD[0], image__lr=float(number + 1))
+        evaluated(folder, big=value, small=value / 1e6)
+    err = refused(compare, tmp_path, "--metric", "big")
+    assert "first evaluation's big is 500.0 in " in err
+    assert "2/seed-0. The first evaluations differ: other weights behind the same name" in err
+    assert len(found(tmp_path / "0", tmp_path / "1", "--metric", "big")["cells"]) == 2
+    data = found(tmp_path)
+    assert any("first evaluations also differ in big: " in note for note in data["notes"])
 
 
 # --- refusals ---------------------------------------------------------------------------------
@@ -387,7 +540,7 @@ def test_another_model_behind_the_same_name(compare, found, grid):
     other = by_hand(grid / "z/seed-0", (0.52, 0.6, 0.7), image__lr=1.0)
     err = refused(compare, grid)
     assert "the first evaluation's gold is 0.5 in " in err
-    assert "did not begin with the same weights" in err
+    assert "other weights behind the same name, or a metric that is not deterministic" in err
     run = json.loads((other / "run.json").read_text())
     run["values"]["start"] = "/first"
     (other / "run.json").write_text(json.dumps(run))
@@ -459,7 +612,10 @@ def test_seeds_of_one_cell_evaluated_at_different_steps(compare, grid):
         (("--metric", "gould"), "--metric gould: no run has this metric; did you mean 'gold'?"),
         (("--proxy", "lerned"), "--proxy lerned: no run has this metric; did you mean 'learned'?"),
         (("--against", "joynt"), "--against joynt: no such cell; did you mean 'joint'?"),
-        (("--at", "step:x"), "--at step:x: expected final, best, step:N, cpu:SECONDS or cpu:min"),
+        (
+            ("--at", "step:x"),
+            "--at step:x: expected final, best, step:N, seconds:N, seconds:min, cpu:N or cpu:min",
+        ),
         (("--at", "cpu:-1"), "--at cpu:-1: expected"),
         (("--at", "cpu:nan"), "--at cpu:nan: expected"),
         (("--at", "cpu:inf"), "--at cpu:inf: expected"),
@@ -473,8 +629,16 @@ def test_words_that_mean_nothing(compare, grid, words, told):
 
 def test_seconds_of_a_cpu_and_a_gpu_are_not_compared(compare, found, grid):
     by_hand(grid / "z/seed-0", GOLD[0], cuda="H100", compute__device="auto")
-    assert "some runs were on a CPU" in refused(compare, grid, "--at", "cpu:2", code=2)
+    for at in ("cpu:2", "seconds:min"):
+        assert "some runs were on a CPU" in refused(compare, grid, "--at", at, code=2)
     assert any("their seconds cannot be compared" in note for note in found(grid)["notes"])
+
+
+def test_seconds_of_a_gpu_are_asked_for_by_their_general_name(compare, found, tmp_path):
+    by_hand(tmp_path / "run", GOLD[0], cuda="H100", compute__device="auto")
+    err = refused(compare, tmp_path, "--at", "cpu:min", code=2)
+    assert "on a GPU, where the seconds that count are those of the wall; take --at seconds" in err
+    assert found(tmp_path, "--at", "seconds:min")["at"] == {"kind": "seconds", "where": 7.0}
 
 
 # --- formats ----------------------------------------------------------------------------------
@@ -509,14 +673,46 @@ def test_json_has_the_runs_themselves(found, grid):
 def test_markdown(compare, grid):
     lines = compare(grid, "--format", "markdown")[1].splitlines()
     assert lines[0] == "**gold on 8 held-out prompts**"
-    assert lines[2].startswith("| cell | seeds | steps | start | final | 95 % | best | of step |")
-    assert lines[3] == "| --- |" + " --: |" * 8
+    assert lines[2].startswith(
+        "| cell | seeds | steps | start | final | bootstrap | t 95 % | best | of step |"
+    )
+    assert lines[3] == "| --- |" + " --: |" * 9
     assert lines[5] == (
-        "| joint | 3 | 4 | 0.500 | 0.700 ± 0.058 | [0.600, 0.800] | 0.700 ± 0.058 | 2 "
+        "| joint | 3 | 4 | 0.500 | 0.700 ± 0.058 | [0.600, 0.800] | [0.452, 0.948] "
+        "| 0.700 ± 0.058 | 2 "
         "| +0.200 ± 0.058 |"
     )
     at = lines.index("**proxy learned against gold gold, start > final**")
     assert lines[at + 5].startswith("| joint | 0.400 > 0.600 ± 0.000 | +0.200 ± 0.000 | 0.500 > ")
+
+
+def test_intervals_say_what_they_are_over(compare, found, grid):
+    _, out, _ = compare(grid)
+    assert "note: intervals are over the seeds alone" in out
+    assert "95 %" not in out.replace("t 95 %", "")
+    _, out, _ = compare(grid, "--at", "step:3", "--format", "markdown")
+    assert "| best | of step | step 3 | bootstrap | t 95 % | gain at step 3 |" in out
+    assert "**gold at step 3, minus that of joint, by seed**" in out
+    one = grid / "joint/seed-0"
+    _, out, _ = compare(one)
+    assert "intervals" not in out
+    assert "bootstrap" not in out
+
+
+def test_an_output_of_other_letters(grid):
+    by_hand(grid / "größe/seed-0", GOLD[0], image__lr=0.5)
+    for shape in ("table", "markdown", "csv", "json"):
+        done = subprocess.run(
+            [sys.executable, "-m", "unigrpo_core", "compare", str(grid), "--format", shape],
+            env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert (done.returncode, "a bug" in done.stderr) == (0, False)
+        if shape == "json":
+            assert cell(json.loads(done.stdout), "größe")
+        else:
+            assert "gr\\xf6\\xdfe" in done.stdout
+        if shape in ("table", "markdown"):
+            assert "0.700 +- 0.058" in done.stdout
 
 
 # --- figures ----------------------------------------------------------------------------------
@@ -535,6 +731,43 @@ def test_figures_are_the_same_every_time(compare, grid, metric):
     assert b"<dc:date>" not in one
     assert (b">start<" in one) == (metric == "gold")
     assert not list(grid.glob(".part*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--at", "step:2"), (b">at step 2; bars: standard error<",)),
+        (
+            ("--at", "step:2", "--metric", "learned"),
+            (b">at step 2; bars: bootstrap over seeds<", b">learned at step 2<"),
+        ),
+        (("--metric", "learned"), (b">final; bars: bootstrap over seeds<", b">final learned<")),
+    ],
+)
+def test_figures_are_of_the_place_asked_for(compare, grid, words, told):
+    assert compare(grid, *words, "--figure", grid / "a.svg")[0] == 0
+    drawn = (grid / "a.svg").read_bytes()
+    assert all(text in drawn for text in told)
+
+
+def test_the_right_panel_shows_the_values_of_that_place(found, grid):
+    """joint: gold 0.7 at steps 2 and 4, so only its spread tells them apart."""
+    from matplotlib.figure import Figure
+
+    from unigrpo_core.ablation import comparison, figure
+    from unigrpo_core.ablation.cells import to_cells
+    from unigrpo_core.ablation.choice import At
+    from unigrpo_core.ablation.reading import read_runs
+
+    cells, _ = to_cells(read_runs([grid], skip_unfinished=False)[0])
+    compared = comparison.compare(cells, at=At("step", 2))
+    axes = Figure().subplots()
+    figure._frontier(axes, compared, "learned")
+    drawn = [tuple(bar[0].get_xydata()[0]) for bar in axes.containers]
+    assert drawn == [pytest.approx((0.6, 0.5)), pytest.approx((0.5, 0.7))]
+    axes = Figure().subplots()
+    figure._finals(axes, compared)
+    assert axes.containers[0][0].get_xdata() == pytest.approx([0.5])
 
 
 def test_without_matplotlib(compare, grid, monkeypatch):

@@ -1,4 +1,4 @@
-"""Runs into cells: which belong together, what a cell is called, and which must not be mixed."""
+"""Runs into cells: which belong together, and what a cell is called."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from unigrpo_core.errors import UserError, shown
 from unigrpo_core.recipe import toml_value
 from unigrpo_core.recipe.emit import leaves
 
-APART = ("seed", "title", "start", "after")  # what runs of one cell may differ in
-WORLD = re.compile(
-    r"policy\..*|source\..*|evaluation\.(?!sheet$|every$).*|image\.size|text\.max_tokens"
-    r"|text\.temperature|compute\.precision"
-)
-SAME_START = 0.01  # by how much first evaluations of one model may differ
+APART = ("seed", "title", "after")  # what runs of one cell may differ in
 
 
 @dataclass(frozen=True)
@@ -38,10 +33,8 @@ def to_cells(runs: Sequence[Run]) -> tuple[tuple[Cell, ...], list[str]]:
     """The runs as cells in the order of their first runs, and notes on what was counted once.
 
     Raises:
-        UserError: two runs were made with another model, prompts or evaluation, or are two results
-            of one cell and seed; it names both folders.
+        UserError: two runs are two results of one cell and seed; it names both folders.
     """
-    check_one_world(runs)
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(_identity(run), []).append(run)
@@ -54,8 +47,8 @@ def to_cells(runs: Sequence[Run]) -> tuple[tuple[Cell, ...], list[str]]:
 
 
 def _identity(run: Run) -> tuple[object, ...]:
-    """Equal for the runs of one cell. What a later stage starts from is another folder for every
-    seed, so there the name tells cells apart."""
+    """Equal for the runs of one cell. What is known of the stage before a later one is its name, so
+    there the cells' names count too."""
     values = {key: value for key, value in said(run).items() if key not in APART}
     return (
         tuple(sorted((key, toml_value(value)) for key, value in values.items())),
@@ -70,8 +63,10 @@ def name_of(run: Run) -> str:
 
 
 def said(run: Run) -> dict[str, Any]:
-    """What made a run: its recipe's values by their dotted paths, and the plugin file beside it."""
+    """What made a run: its recipe's values by their dotted paths, in start the stage before, and
+    the plugin file beside it."""
     values = {".".join(map(str, path)): value for path, value in leaves(run.values)}
+    values["start"] = run.stage_before
     return values | ({"plugin_file": run.plugin_file[:8]} if run.plugin_file else {})
 
 
@@ -134,7 +129,7 @@ def _labels(cells: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _distinct(labels: Sequence[str]) -> list[str]:
-    """Labels that are still equal (a first stage and a later one of one recipe) are numbered."""
+    """Labels that are still equal (of two results called alike) are numbered."""
     seen: Counter[str] = Counter()
     found = []
     for label in labels:
@@ -147,49 +142,3 @@ def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     """The paths whose values are not the same in all of them."""
     paths = dict.fromkeys(path for table in tables for path in table)
     return [p for p in paths if any(table.get(p) != tables[0].get(p) for table in tables)]
-
-
-# --- one world --------------------------------------------------------------------------------
-
-
-def check_one_world(runs: Sequence[Run]) -> None:
-    """Raises a UserError unless all runs were evaluated alike and began with the same model."""
-    first = runs[0]
-    world = _world(first)
-    for run in runs[1:]:
-        other = _world(run)
-        for key in dict.fromkeys((*world, *other)):
-            if world.get(key) != other.get(key):
-                raise UserError(
-                    _apart(key, *((x, t.get(key)) for x, t in ((first, world), (run, other))))
-                )
-    known: dict[str, Run] = {}
-    for run in (run for run in runs if not run.staged):
-        for name in run.metric_names:
-            before = known.setdefault(name, run)
-            pair = [(x, x.evaluations[0][name]) for x in (before, run)]
-            if abs(pair[0][1] - pair[1][1]) > SAME_START:
-                raise UserError(
-                    _apart(f"the first evaluation's {name}", *pair)
-                    + ": they did not begin with the same weights"
-                )
-
-
-def _world(run: Run) -> dict[str, Any]:
-    """What must be equal for runs to be compared, by dotted path."""
-    return {**world(said(run)), "prompts evaluated": list(run.prompts)}
-
-
-def world(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a recipe's values by dotted path those that must be equal for runs to be compared."""
-    found = {key: value for key, value in values.items() if WORLD.fullmatch(key)}
-    found.setdefault("evaluation.episode", values.get("episode"))
-    return found
-
-
-def _apart(key: str, *pair: tuple[Run, Any]) -> str:
-    one, two = (
-        f"{'absent' if value is None else toml_value(value)} in {shown(run.folder)}"
-        for run, value in pair
-    )
-    return f"these runs cannot be compared: {key} is {one}, but {two}"

@@ -18,43 +18,62 @@ REFERENCE = "joint"
 
 @dataclass(frozen=True)
 class At:
-    """Where in a run values are taken; ``where`` is the training step or the CPU-second (of
-    training, the stages before included), infinite for the largest that all cells reach."""
+    """Where in a run values are taken; ``where`` is the training step or the second (of training,
+    the stages before included: of the CPU, or on a GPU of the wall), infinite for the largest that
+    all cells reach. ``cpu`` is ``seconds`` that must be a CPU's."""
 
-    kind: Literal["final", "best", "step", "cpu"]
+    kind: Literal["final", "best", "step", "seconds", "cpu"]
     where: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """``final``, ``best``, ``step:N``, ``cpu:SECONDS`` or ``cpu:min``."""
+        """``final``, ``best``, ``step:N``, ``seconds:N``, ``seconds:min``, ``cpu:N`` or
+        ``cpu:min``."""
         kind, _, where = text.partition(":")
         try:
             if text in ("final", "best"):
                 return cls("final" if text == "final" else "best")
             if kind == "step" and where.isdecimal():
                 return cls("step", int(where))
-            if kind == "cpu":
+            if kind in ("seconds", "cpu"):
                 number = float("inf") if where == "min" else float(where)
                 if number >= 0 and (where == "min" or number < float("inf")):
-                    return cls("cpu", number)
+                    return cls("seconds" if kind == "seconds" else "cpu", number)
         except ValueError:
             pass
-        raise UsageError(f"--at {text}: expected final, best, step:N, cpu:SECONDS or cpu:min")
+        raise UsageError(
+            f"--at {text}: expected final, best, step:N, seconds:N, seconds:min, cpu:N or cpu:min"
+        )
 
     def resolved(self, cells: Sequence[Cell]) -> Self:
-        """With the largest budget that all trained runs reach, if that was asked for.
+        """With ``seconds`` for ``cpu``, and the largest budget that all trained runs reach whose
+        seconds are known, if that was asked for.
 
         Raises:
-            UsageError: CPU-seconds are asked for and some runs, or all, were on a GPU.
+            UsageError: seconds are asked for and some runs were on a CPU, others on a GPU; or those
+                of a CPU, and the runs were on a GPU.
         """
-        if self.kind != "cpu":
+        if self.kind not in ("seconds", "cpu"):
             return self
         runs = [run for cell in cells for run in cell.runs if run.steps]
-        if len({run.on_gpu for run in runs}) > 1:
-            raise UsageError("--at cpu: some runs were on a CPU, others on a GPU; take --at step:N")
-        if self.where < float("inf"):
-            return self
-        return replace(self, where=min((run.clock[-1] for run in runs), default=0.0))
+        on_gpu = {run.on_gpu for run in runs}
+        if len(on_gpu) > 1:
+            raise UsageError(
+                f"--at {self.kind}: some runs were on a CPU, others on a GPU; take --at step:N"
+            )
+        if self.kind == "cpu" and on_gpu == {True}:
+            raise UsageError(
+                "--at cpu: these runs were on a GPU, where the seconds that count are those of the "
+                "wall; take --at seconds:N or seconds:min"
+            )
+        where = self.where
+        if where == float("inf"):
+            where = min((run.clock[-1] for run in runs if run.clock), default=0.0)
+        return replace(self, kind="seconds", where=where)
+
+    def of(self, metric: str) -> str:
+        """The metric there, in words."""
+        return f"{self} {metric}" if self.kind in ("final", "best") else f"{metric} at {self}"
 
     def __str__(self) -> str:
         if self.kind in ("final", "best"):
@@ -68,9 +87,9 @@ def choose_metric(cells: Sequence[Cell], asked: str | None) -> str:
     if asked is not None:
         return _known(cells, "--metric", asked)
     runs = _runs(cells)
-    monitors = Counter(str(row["use"]) for cell in cells for row in cell.runs[0].monitors)
-    rewards = Counter(str(row["use"]) for cell in cells for row in cell.runs[0].rewards)
-    listed = [name for counts in (monitors, rewards) for name, _ in counts.most_common()]
+    monitors = Counter(name for cell in cells for name in cell.runs[0].monitored)
+    scores = Counter(name for cell in cells for name in cell.runs[0].scores)
+    listed = [name for counts in (monitors, scores) for name, _ in counts.most_common()]
     names = list(dict.fromkeys([*listed, *_metrics(cells)]))
     everywhere = [name for name in names if all(name in run.metric_names for run in runs)]
     somewhere = [name for name in names if any(name in run.metric_names for run in runs)]
@@ -84,12 +103,7 @@ def choose_proxy(
     a weight that is not 0. With a note on others that were trained on."""
     if asked is not None:
         return _known(cells, "--proxy", asked), []
-    trained = Counter(
-        str(row["use"])
-        for cell in cells
-        for row in cell.runs[0].rewards
-        if row.get("weight", 1.0) and row["use"] != gold
-    )
+    trained = Counter(name for cell in cells for name in cell.runs[0].trained_on if name != gold)
     evaluated = set(_metrics(cells))
     names = [name for name, _ in trained.most_common() if name in evaluated]
     if not names:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
 
+from unigrpo_core.ablation.alike import check_metrics
 from unigrpo_core.ablation.cells import Cell
 from unigrpo_core.ablation.choice import At, choose_against, choose_metric, choose_proxy
-from unigrpo_core.ablation.costs import Cost, cost_of, means
-from unigrpo_core.ablation.statistics import Estimate, between, estimate
+from unigrpo_core.ablation.measures import Cost, best_step_of, cost_of, means, values_at
+from unigrpo_core.ablation.statistics import Estimate, estimate
 
 EXPERTS = ("text", "image")
-BySeed = Mapping[int, float]
+OVER_SEEDS = (
+    "intervals are over the seeds alone: all runs have the same held-out prompts and draws; and "
+    "several differences are read at once: that one of their intervals misses is likelier than 5 %"
+)
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,23 @@ def compare(
 
     Raises:
         UsageError: no run has the metric or proxy, or no cell the name.
+        UserError: the runs cannot be compared, as :func:`check_metrics` says.
     """
+    runs = [run for cell in cells for run in cell.runs]
     gold = choose_metric(cells, metric)
     shown_proxy, found = choose_proxy(cells, gold, proxy)
     other = choose_against(cells, against)
+    metrics = [name for name in (gold, shown_proxy) if name]
+    found += check_metrics(runs, metrics)
     at = at.resolved(cells)
     compared = tuple(_compared(cell, other, at) for cell in cells)
     for item in compared:
-        found += _notes(item, other, at, [name for name in (gold, shown_proxy) if name])
+        found += _notes(item, other, at, metrics)
     found += _clip_notes(compared)
-    if len({run.on_gpu for cell in cells for run in cell.runs}) > 1:
+    if len({run.on_gpu for run in runs}) > 1:
         found.append("some runs were on a CPU, others on a GPU: their seconds cannot be compared")
+    if any(len(cell.runs) > 1 for cell in cells):
+        found.append(OVER_SEEDS)
     return Comparison(gold, shown_proxy, other.label, at, compared, (*notes, *found))
 
 
@@ -143,42 +152,6 @@ def _figures(cell: Cell, other: Cell, at: At, metric: str) -> Figures:
     )
 
 
-def best_step_of(cell: Cell, metric: str) -> int:
-    """The evaluated step at which the mean over the seeds is highest, the first of equal ones."""
-    curves = [curve for run in cell.runs if (curve := run.curve(metric))]
-    sums = [fsum(values) for values in zip(*(curve.values for curve in curves), strict=True)]
-    return curves[0].steps[sums.index(max(sums))]
-
-
-def values_at(cell: Cell, metric: str, at: At) -> dict[int, float] | None:
-    """By seed, the metric where it is asked for; None if a run of the cell does not have it there.
-
-    Between two evaluations it is interpolated linearly, unless the metric is evaluated at the
-    start and the end only. A run of 0 steps stays as it is.
-    """
-    found: dict[int, float] = {}
-    if any(run.curve(metric) is None for run in cell.runs):
-        return None
-    step = best_step_of(cell, metric) if at.kind == "best" else None
-    for run in cell.runs:
-        curve = run.curve(metric)
-        assert curve is not None
-        value: float | None
-        if at.kind == "final" or not run.steps:
-            value = curve.values[-1]
-        elif step is not None:
-            value = curve.values[curve.steps.index(step)]
-        elif len(curve.steps) < len(run.evaluations):
-            value = None
-        else:
-            places = curve.steps if at.kind == "step" else curve.seconds
-            value = between(places, curve.values, at.where)
-        if value is None:
-            return None
-        found[run.seed] = value
-    return found
-
-
 # --- notes ------------------------------------------------------------------------------------
 
 
@@ -196,8 +169,15 @@ def _notes(item: Compared, other: Cell, at: At, metrics: Sequence[str]) -> list[
         notes.append(
             f"{cell.label} and {other.label} are paired by the seeds that both have: {which}"
         )
-    if any(run.staged and not run.earlier for run in cell.runs):
-        notes.append(f"{cell.label}: what the stages before took is not on record, nor in its cost")
+    gone = ["train s"] if any(run.clock is None for run in cell.runs) else []
+    for key in ("network_calls", "tokens"):
+        if any(run.before(key) is None for run in cell.runs):
+            gone.append(key.replace("_", " "))
+    if gone:
+        notes.append(
+            f"{cell.label}: what the stages before took is not on record ({', '.join(gone)}): the "
+            "files of its runs cover the last stage only"
+        )
     return notes
 
 
@@ -215,8 +195,11 @@ def _why(cell: Cell, metric: str, at: At) -> str:
         return "it is evaluated at the start and the end only"
     if at.kind == "step":
         return f"it ends at step {cell.runs[0].steps}"
-    late = max(run.clock[0] for run in cell.runs)
+    clocks = {run.seed: run.clock for run in cell.runs if run.clock}
+    if len(clocks) < len(cell.runs):
+        return "the seconds of the stages before are not on record"
+    late = max(clock[0] for clock in clocks.values())
     if late > at.where:
         return f"the stages before took {late:.1f} s"
-    least = min(cell.runs, key=lambda run: run.clock[-1])
-    return f"seed {least.seed} ends at {least.clock[-1]:.1f} s"
+    end, seed = min((clock[-1], seed) for seed, clock in clocks.items())
+    return f"seed {seed} ends at {end:.1f} s"

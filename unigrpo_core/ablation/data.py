@@ -24,12 +24,12 @@ def as_json(comparison: Comparison) -> str:
         "metric": comparison.metric,
         "proxy": comparison.proxy,
         "against": comparison.against,
-        "at": {"kind": at.kind, "where": at.where if at.kind in ("step", "cpu") else None},
+        "at": {"kind": at.kind, "where": at.where if at.kind in ("step", "seconds") else None},
         "views": list(comparison.views),
         "cells": [_cell(item) for item in comparison.cells],
         "notes": list(comparison.notes),
     }
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(data, indent=2, allow_nan=False)
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -69,7 +69,7 @@ def _cell(item: Compared) -> dict[str, Any]:
                 "seed": run.seed,
                 "folder": str(run.folder),
                 "recipe": run.name,
-                "seconds": run.clock[-1],
+                "seconds": run.clock and run.clock[-1],
                 "earlier": dict(run.earlier) or None,
                 "evaluations": [dict(row) for row in run.evaluations],
             }

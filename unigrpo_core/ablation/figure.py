@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unigrpo_core.ablation.choice import At
 from unigrpo_core.ablation.comparison import Compared, Comparison
 from unigrpo_core.ablation.runs import Curve
 from unigrpo_core.errors import UsageError, UserError, shown
@@ -112,13 +113,16 @@ def style(place: int) -> dict[str, Any]:
 
 def _curves(axes: Axes, comparison: Comparison) -> None:
     """The mean over the seeds at every evaluation, in a band from the lowest to the highest."""
-    over_seconds = comparison.at.kind == "cpu"
+    over_seconds = comparison.at.kind == "seconds"
     banded = False
     for place, item in enumerate(comparison.cells):
         curves = _shared(item, comparison.metric)
         if not curves:
             continue
-        across = [curve.seconds if over_seconds else curve.steps for curve in curves]
+        clocks = [curve.seconds for curve in curves if curve.seconds]
+        if over_seconds and len(clocks) < len(curves):
+            continue
+        across = clocks if over_seconds else [curve.steps for curve in curves]
         x = [sum(column) / len(column) for column in zip(*across, strict=True)]
         columns = list(zip(*(curve.values for curve in curves), strict=True))
         y = [sum(column) / len(column) for column in columns]
@@ -142,22 +146,24 @@ def _shared(item: Compared, metric: str) -> list[Curve]:
     return [curve for run in item.cell.runs if (curve := run.curve(metric)) is not None]
 
 
-# --- right: where they end --------------------------------------------------------------------
+# --- right: where they are ---------------------------------------------------------------------
 
 
 def _frontier(axes: Axes, comparison: Comparison, proxy: str) -> None:
-    """Gold against proxy at the end, with standard errors; every start as a cross."""
+    """Gold against proxy where asked for, with standard errors; every start as a cross."""
     starts = set()
     for place, item in enumerate(comparison.cells):
         gold, other = item.metrics.get(comparison.metric), item.metrics.get(proxy)
         if gold is None or other is None:
             continue
         starts.add((round(other.start.mean, 4), round(gold.start.mean, 4)))
+        if gold.at is None or other.at is None:
+            continue
         axes.errorbar(
-            other.final.mean,
-            gold.final.mean,
-            xerr=other.final.se,
-            yerr=gold.final.se,
+            other.at.mean,
+            gold.at.mean,
+            xerr=other.at.se,
+            yerr=gold.at.se,
             elinewidth=1.2,
             capsize=2,
             linestyle="none",
@@ -169,21 +175,21 @@ def _frontier(axes: Axes, comparison: Comparison, proxy: str) -> None:
     axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel(f"proxy: {proxy}")
     axes.set_ylabel(f"gold: {comparison.metric}")
-    axes.set_title("at the end; bars: standard error", loc="left")
+    axes.set_title(f"{_where(comparison.at)}; bars: standard error", loc="left")
 
 
 def _finals(axes: Axes, comparison: Comparison) -> None:
-    """Final values with bootstrap intervals, one row per cell, named at its left."""
+    """Values where asked for with bootstrap intervals, one row per cell, named at its left."""
     for place, item in enumerate(comparison.cells):
         figures = item.metrics.get(comparison.metric)
-        if figures is None:
+        if figures is None or figures.at is None:
             continue
-        final = figures.final
-        ends = final.bootstrap or (final.mean, final.mean)
+        mean = figures.at.mean
+        low, high = figures.at.bootstrap or (mean, mean)
         axes.errorbar(
-            final.mean,
+            mean,
             place,
-            xerr=[[max(0.0, final.mean - ends[0])], [max(0.0, ends[1] - final.mean)]],
+            xerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]],
             elinewidth=1.6,
             capsize=3,
             linestyle="none",
@@ -192,5 +198,9 @@ def _finals(axes: Axes, comparison: Comparison) -> None:
     axes.set_yticks(range(len(comparison.cells)), [item.cell.label for item in comparison.cells])
     axes.set_ylim(len(comparison.cells) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=7)
-    axes.set_xlabel(f"final {comparison.metric}")
-    axes.set_title("final; bars: bootstrap 95 % over seeds", loc="left")
+    axes.set_xlabel(comparison.at.of(comparison.metric))
+    axes.set_title(f"{_where(comparison.at)}; bars: bootstrap over seeds", loc="left")
+
+
+def _where(at: At) -> str:
+    return str(at) if at.kind in ("final", "best") else f"at {at}"

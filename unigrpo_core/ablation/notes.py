@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from unigrpo_core.ablation.cells import differing, world
+from unigrpo_core.ablation.alike import world
+from unigrpo_core.ablation.cells import differing
 from unigrpo_core.ablation.jobs import Cell, counted
 
 SHOWN = 3  # names that a note shows at most

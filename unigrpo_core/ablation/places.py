@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from unigrpo_core.ablation.files import damage, read_json
 from unigrpo_core.ablation.jobs import Job, counted
+from unigrpo_core.ablation.reading import damage, read_json
 from unigrpo_core.ablation.written import foreign
 from unigrpo_core.errors import UserError, shown
 from unigrpo_core.loading import PLUGIN_FILE

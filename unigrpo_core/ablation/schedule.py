@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from unigrpo_core.ablation.files import damage, read_json
 from unigrpo_core.ablation.jobs import Job
 from unigrpo_core.ablation.places import changed, clear, state, unmark
+from unigrpo_core.ablation.reading import damage, read_json
 from unigrpo_core.errors import UserError, shown
 
 CHILD = (sys.executable, "-P", "-m", "unigrpo_core.ablation.child")

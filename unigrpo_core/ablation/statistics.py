@@ -3,7 +3,7 @@
 With three seeds no interval says much. The bootstrap resamples the seeds that there are, so its
 interval can only span what they span, and is too narrow by about sqrt((n - 1) / n) besides. The t
 interval assumes normal values and is honest about n: 4.3 standard errors to each side with three
-seeds. Both are shown for differences.
+seeds. Both are shown.
 """
 
 from __future__ import annotations

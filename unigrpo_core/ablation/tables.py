@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from unigrpo_core.ablation.choice import At
 from unigrpo_core.ablation.comparison import EXPERTS, Compared, Comparison
 from unigrpo_core.ablation.statistics import Estimate, Interval
 
@@ -22,8 +21,14 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def tables(comparison: Comparison) -> Iterator[Table]:
-    """All tables of a comparison that have something to show."""
+def tables(comparison: Comparison, plus_minus: str = "±") -> Iterator[Table]:
+    """All tables of a comparison that have something to show, with that for the sign ±."""
+    for table in _tables(comparison):
+        rows = (tuple(text.replace("±", plus_minus) for text in row) for row in table.rows)
+        yield replace(table, rows=tuple(rows))
+
+
+def _tables(comparison: Comparison) -> Iterator[Table]:
     yield _values(comparison)
     if len(comparison.cells) > 1:
         yield _differences(comparison)
@@ -34,15 +39,15 @@ def tables(comparison: Comparison) -> Iterator[Table]:
     yield _costs(comparison)
 
 
-def as_text(comparison: Comparison) -> str:
+def as_text(comparison: Comparison, plus_minus: str = "±") -> str:
     """For a terminal: columns aligned, numbers to the right."""
-    parts = [f"{table.title}\n{_aligned(table)}" for table in tables(comparison)]
+    parts = [f"{table.title}\n{_aligned(table)}" for table in tables(comparison, plus_minus)]
     return "\n\n".join(parts) + _notes(comparison, "note: ", "\n\n")
 
 
-def as_markdown(comparison: Comparison) -> str:
+def as_markdown(comparison: Comparison, plus_minus: str = "±") -> str:
     parts = []
-    for table in tables(comparison):
+    for table in tables(comparison, plus_minus):
         lines = [table.header, ("---", *("--:" for _ in table.header[1:])), *table.rows]
         body = "\n".join(f"| {' | '.join(_escaped(c) for c in line)} |" for line in lines)
         parts.append(f"**{_escaped(table.title)}**\n\n{body}")
@@ -77,9 +82,11 @@ def _aligned(table: Table) -> str:
 
 def _values(comparison: Comparison) -> Table:
     at, metric = comparison.at, comparison.metric
-    between = at.kind in ("step", "cpu")
-    header = ["cell", "seeds", "steps", "start", "final", "95 %", "best", "of step"]
-    header += [str(at), "95 %"] if between else []
+    between = at.kind in ("step", "seconds")
+    several = any(len(item.cell.runs) > 1 for item in comparison.cells)
+    intervals = ["bootstrap", "t 95 %"] if several else []
+    header = ["cell", "seeds", "steps", "start", "final", *([] if between else intervals)]
+    header += ["best", "of step", *([str(at), *intervals] if between else [])]
     header.append("gain" if at.kind == "final" else f"gain at {at}")
     rows = []
     for item in comparison.cells:
@@ -88,10 +95,12 @@ def _values(comparison: Comparison) -> Table:
         if figures is None:
             rows.append((*row, *(NOTHING for _ in header[3:])))
             continue
-        row += [number(figures.start.mean), mean(figures.final), span(figures.final.bootstrap)]
+        placed = figures.at if between else figures.final
+        ends = (placed.bootstrap, placed.t) if placed else (None, None)
+        spans = [span(interval) for interval in ends if several]
+        row += [number(figures.start.mean), mean(figures.final), *([] if between else spans)]
         row += [mean(figures.best), str(figures.best_step)]
-        if between:
-            row += [mean(figures.at), span(figures.at.bootstrap if figures.at else None)]
+        row += [mean(figures.at), *spans] if between else []
         rows.append((*row, mean(figures.gain, "+")))
     first, last = comparison.cells[0].cell.runs[0].prompts
     prompts = f"{last}" if first == last else f"{first} and {last}"
@@ -115,8 +124,8 @@ def _differences(comparison: Comparison) -> Table:
             (_label(item), seeds, mean(value, "+"), span(value.bootstrap, "+"), span(value.t, "+"))
         )
     return Table(
-        f"{_placed(comparison.metric, at)}, minus that of {comparison.against}, by seed",
-        ("cell", "seeds", "difference", "bootstrap 95 %", "t 95 %"),
+        f"{at.of(comparison.metric)}, minus that of {comparison.against}, by seed",
+        ("cell", "seeds", "difference", "bootstrap", "t 95 %"),
         tuple(rows),
     )
 
@@ -150,7 +159,7 @@ def _views(comparison: Comparison) -> Table:
         )
     return Table(
         f"final {comparison.metric} by view",
-        ("cell", "as trained for", *comparison.views),
+        ("cell", "evaluation", *comparison.views),
         tuple(rows),
     )
 
@@ -172,7 +181,7 @@ def _costs(comparison: Comparison) -> Table:
         rows.append(
             (
                 _label(item),
-                f"{cost.seconds.mean:.1f}{plus}{unit}",
+                f"{cost.seconds.mean:.1f}{plus}{unit}" if cost.seconds else NOTHING,
                 count(cost.calls_per_image),
                 count(cost.network_calls, plus),
                 count(cost.tokens, plus),
@@ -189,10 +198,6 @@ def _costs(comparison: Comparison) -> Table:
 
 
 # --- texts ------------------------------------------------------------------------------------
-
-
-def _placed(metric: str, at: At) -> str:
-    return f"{at} {metric}" if at.kind in ("final", "best") else f"{metric} at {at}"
 
 
 def _label(item: Compared) -> str:

@@ -130,7 +130,7 @@ def _states(jobs: Sequence[Job]) -> list[State]:
 
 def _cpu(folders: Sequence[Path]) -> str:
     """The CPU time of whole runs, where each says what it took."""
-    from unigrpo_core.ablation.files import read_json
+    from unigrpo_core.ablation.reading import read_json
 
     spent = [read_json(folder / "summary.json").get("cpu_s") for folder in folders]
     known = [seconds for seconds in spent if seconds is not None]

@@ -41,8 +41,8 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--at",
         metavar="WHERE",
         default="final",
-        help="final (default), best, step:N, cpu:SECONDS of training, or cpu:min, the largest "
-        "that all cells reach",
+        help="final (default), best, step:N, seconds:N of training (of the CPU, on a GPU of the "
+        "wall), or seconds:min, the most that all cells reach; cpu:N and cpu:min: of CPU runs only",
     )
     parser.add_argument(
         "--proxy", metavar="NAME", help="shown beside the metric; default: what was trained on"
@@ -66,28 +66,38 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def compare(arguments: argparse.Namespace) -> int:
     from unigrpo_core.ablation import comparison, data, tables
+    from unigrpo_core.ablation.alike import check_world
     from unigrpo_core.ablation.cells import to_cells
     from unigrpo_core.ablation.choice import At
     from unigrpo_core.ablation.figure import check_figures, write_figure
-    from unigrpo_core.ablation.runs import read_runs
+    from unigrpo_core.ablation.reading import read_runs
 
     at = At.parse(arguments.at)
     check_figures(arguments.figure)
     runs, left_out = read_runs(arguments.folder, arguments.skip_unfinished)
+    check_world(runs)
     cells, merged = to_cells(runs)
     found = comparison.compare(
         cells, arguments.metric, arguments.against, at, arguments.proxy, [*left_out, *merged]
     )
-    shapes = {
-        "table": tables.as_text,
-        "markdown": tables.as_markdown,
-        "csv": data.as_csv,
-        "json": data.as_json,
-    }
-    print(shapes[arguments.format](found))
+    if arguments.format in ("csv", "json"):
+        text = data.as_csv(found) if arguments.format == "csv" else data.as_json(found)
+    else:
+        show = tables.as_text if arguments.format == "table" else tables.as_markdown
+        text = show(found, "±" if _takes("±") else "+-")
+    print(text if _takes(text) else text.encode("ascii", "backslashreplace").decode())
     if arguments.format == "csv":  # which has no place for them
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
     for file in arguments.figure:
         write_figure(found, file)
     return 0
+
+
+def _takes(text: str) -> bool:
+    """Whether the output can show all of the text."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8", sys.stdout.errors or "strict")
+    except UnicodeEncodeError:
+        return False
+    return True
