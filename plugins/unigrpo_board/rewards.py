@@ -52,16 +52,9 @@ class BoardVerifier(Reward):
 
 def _read(batch: RewardBatch) -> tuple[list[Scene], list[Reading]]:
     from unigrpo_board.scene import Scene
-    from unigrpo_board.verifier import SIDE, read
+    from unigrpo_board.verifier import read
 
-    if batch.images is None:
-        raise UserError("board_verifier reads images, but the episode draws none")
-    height, width = batch.images.shape[2:]
-    if (height, width) != (SIDE, SIDE):
-        raise UserError(
-            f"board_verifier reads images of {SIDE} x {SIDE} pixels, but image.size is "
-            f"[{height}, {width}]"
-        )
+    images = images_of(batch, "board_verifier")
     try:
         scenes = [Scene.from_metadata(prompt.metadata) for prompt in batch.prompts]
     except KeyError as error:
@@ -69,7 +62,25 @@ def _read(batch: RewardBatch) -> tuple[list[Scene], list[Reading]]:
             f"board_verifier needs the prompt's {error} in its metadata, as the source "
             '"board" gives it'
         ) from None
-    return scenes, read(batch.images)
+    return scenes, read(images)
+
+
+def images_of(batch: RewardBatch, who: str) -> Tensor:
+    """The images of the batch [B, 3, 24, 24], as the embedded world has them.
+
+    Raises:
+        UserError: there are none, or of another size; ``who`` reads them.
+    """
+    from unigrpo_board.verifier import SIDE
+
+    if batch.images is None:
+        raise UserError(f"{who} reads images, but the episode draws none")
+    height, width = batch.images.shape[2:]
+    if (height, width) != (SIDE, SIDE):
+        raise UserError(
+            f"{who} reads images of {SIDE} x {SIDE} pixels, but image.size is [{height}, {width}]"
+        )
+    return batch.images
 
 
 def build(options: Options) -> BoardVerifier:

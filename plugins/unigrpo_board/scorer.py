@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from unigrpo_models.checkpoints import CheckpointPath, checkpoint_folder
 
+from unigrpo_board.rewards import images_of
 from unigrpo_core.errors import UserError
 from unigrpo_core.interfaces import Reward
 from unigrpo_core.plugin import Field, Options, Provider
@@ -43,17 +44,7 @@ class BoardScorer(Reward):
         self.network = network
 
     def score(self, batch: RewardBatch) -> Tensor:
-        from unigrpo_board.verifier import SIDE
-
-        if batch.images is None:
-            raise UserError("board_scorer reads images, but the episode draws none")
-        height, width = batch.images.shape[2:]
-        if (height, width) != (SIDE, SIDE):
-            raise UserError(
-                f"board_scorer reads images of {SIDE} x {SIDE} pixels, but image.size is "
-                f"[{height}, {width}]"
-            )
-        images = batch.images.detach().float().cpu()
+        images = images_of(batch, "board_scorer").detach().float().cpu()
         return (1 + self.network.cosine(images, [prompt.text for prompt in batch.prompts])) / 2
 
     def details(self, batch: RewardBatch) -> Mapping[str, Tensor]:
