@@ -20,7 +20,8 @@ from unigrpo_core.ablation.written import foreign
 TESTS = Path(__file__).parent
 STAND_IN = (sys.executable, "-P", str(TESTS / "stand_in_run.py"))
 DRIVER = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 from unigrpo_core.ablation import schedule
 from unigrpo_core.cli import main
 schedule.CHILD = {STAND_IN!r}
