@@ -232,10 +232,14 @@ def test_an_empty_folder_is_taken_and_a_broken_checkpoint_leaves_none(
 @pytest.mark.parametrize("name", list(shipped_titles()))
 def test_every_shipped_recipe_runs_two_steps(unigrpo, tmp_path, checkpoint, name):
     """On a tiny model; its group shape and every other choice are the recipe's own."""
+    if name in ("paper/image_then_text", "paper/none"):
+        pytest.skip("trains after another run, or nothing: tests/test_paper_ablation.py has both")
+    fan_out = "[2, 3]" if name.startswith(("fast", "hacking")) else "[3, 1]"
+    fan_out = "[3]" if name == "paper/image_no_thought" else fan_out
     code, out, err = unigrpo(
         "run", name, "--out", tmp_path / "run", *BRIEF,
         "--set", f"policy.checkpoint='{checkpoint}'", "--set", "evaluation.sheet=0",
-        "--set", f"group.fan_out={[2, 3] if name.startswith(('fast', 'hacking')) else [3, 1]}",
+        "--set", f"group.fan_out={fan_out}",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert "step 2/2" in out
