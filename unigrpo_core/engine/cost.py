@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Cost:
         return {name: round(value, 2) for name, value in asdict(self).items()}
 
 
-COUNTED = ("steps", "train_cpu_s", "train_wall_s", "network_calls", "tokens")
+COUNTED = ("steps", *(field.name for field in fields(Cost)))
 
 
 @dataclass(frozen=True)
