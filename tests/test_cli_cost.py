@@ -2,7 +2,7 @@
 
 A second of CPU time is worth more or less from machine to machine and from minute to minute, so the
 limit is a ratio: to a process that only imports pydantic and makes one model, taken in turns with
-the verb. That process took .25 CPU-seconds where the verbs took .35 to .5 (importing torch: above 1).
+the verb. That process took .25 CPU-seconds where the verbs took .35 to .5; importing torch takes 1.
 """
 
 import resource
