@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from unigrpo_board.make_checkpoint import write_tokenizer
+from unigrpo_models.bagel.checkpoint import write_config
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig, Latent
 from unigrpo_models.bagel.network import BagelNetwork
-from unigrpo_models.bagel.policy import write_config
 
 from unigrpo_core.catalog import Catalog, collect, load_catalog
 from unigrpo_core.engine.clock import Clock

@@ -31,11 +31,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from unigrpo_models.bagel.checkpoint import write_config
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig, Latent
 from unigrpo_models.bagel.history import empty_history
 from unigrpo_models.bagel.latents import patchify, unpatchify
 from unigrpo_models.bagel.network import BagelNetwork
-from unigrpo_models.bagel.policy import BagelPolicy, write_config
+from unigrpo_models.bagel.policy import BagelPolicy
 from unigrpo_models.bagel.replay import image_velocity
 from unigrpo_models.bagel.tokens import SPECIAL, Codec, pad
 

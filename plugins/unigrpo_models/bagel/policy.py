@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unigrpo_core.errors import UserError
@@ -18,6 +14,7 @@ from unigrpo_core.interfaces import History, ImageFlowPolicy, TextPolicy
 from unigrpo_core.keys import Key, uniforms
 from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Sampling, TextSegment
+from unigrpo_models.bagel.checkpoint import read_weights, write_checkpoint
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.decoding import decode_texts
 from unigrpo_models.bagel.history import BagelHistory, empty_history
@@ -26,13 +23,6 @@ from unigrpo_models.bagel.network import BagelNetwork, Layer
 from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
 from unigrpo_models.bagel.tokens import Codec, pad
 from unigrpo_models.weights import WeightSets
-
-WEIGHTS = "ema.safetensors"
-COMPANIONS = (
-    *("llm_config.json", "vit_config.json", "config.json", "generation_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
 
 
 class BagelPolicy(TextPolicy, ImageFlowPolicy):
@@ -78,15 +68,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         return (Layer,)
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.network.state_dict()
-        state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        if folder.resolve() == self.folder.resolve():
-            return
-        for name in COMPANIONS:
-            if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, folder / name)
+        write_checkpoint(self.network, self.folder, folder)
 
     def load(self, folder: Path) -> None:
         self.network.load_state_dict(read_weights(folder, self.network, self.place.device))
@@ -218,46 +200,3 @@ def load_bagel(folder: Path, system_prompt: str, place: Placement) -> BagelPolic
         network = BagelNetwork(config)
     network.load_state_dict(read_weights(folder, network, place.device), assign=True)
     return BagelPolicy(network, codec, folder, place)
-
-
-def read_weights(folder: Path, network: BagelNetwork, device: torch.device) -> dict[str, Tensor]:
-    """The float32 weights in a folder, every one that the network has and no other.
-
-    Raises:
-        UserError: the file is missing or damaged, or a tensor is missing, unexpected or misshapen.
-    """
-    path = folder / WEIGHTS
-    try:
-        state = load_file(path, device=str(device))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {WEIGHTS}") from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    _check(path, network, state)
-    return {name: x.float() for name, x in state.items()}
-
-
-def _check(path: Path, network: BagelNetwork, state: Mapping[str, Tensor]) -> None:
-    wanted = {name: tuple(x.shape) for name, x in network.state_dict().items()}
-    found = {name: tuple(x.shape) for name, x in state.items()}
-    problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {found[name]}, expected {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name]
-    ]
-    if problems:
-        listed = "\n  ".join(problems[:8])
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(f"{path} does not fit its llm_config.json:\n  {listed}{more}")
-
-
-def write_config(folder: Path, config: BagelConfig) -> None:
-    """Writes ``llm_config.json`` and ``config.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "llm_config.json").write_text(config.llm.model_dump_json(indent=2) + "\n")
-    extra = {"latent": config.latent.model_dump()}
-    (folder / "config.json").write_text(json.dumps(extra, indent=2) + "\n")
