@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import device, dtype
 
 __all__ = [
+    "Checkpointing",
     "Field",
     "Options",
     "Placement",
@@ -62,14 +63,29 @@ RecipePath = Annotated[str, BeforeValidator(beside_the_recipe)]
 """The type of an option that is a path; a relative one counts from the file that states it."""
 
 
+Checkpointing = Literal["none", "selective", "full"]
+
+
 @dataclass(frozen=True)
 class Placement:
-    """Where a policy puts its weights, and the type it computes in. Trainable weights are float32
-    whatever the compute type; ``train`` names the experts that will be trained."""
+    """Where a policy puts its weights, and how it computes. Trainable weights are float32 whatever
+    the compute type.
+
+    Args:
+        train: the experts that will be trained.
+        checkpointing: which activations the backward computes again: "none", "selective" (all but
+            the outputs of products and attention) or "full" (all but the input of each of the
+            policy's :meth:`~unigrpo_core.interfaces.Policy.wrap_units`).
+        compile: whether these units are compiled, for sampling and training alike.
+        reference: where kept weights wait: on the "device", or in the memory of its "host".
+    """
 
     device: device
     compute: dtype
     train: frozenset[str]
+    checkpointing: Checkpointing = "none"
+    compile: bool = False
+    reference: Literal["device", "host"] = "device"
 
 
 @dataclass(frozen=True)

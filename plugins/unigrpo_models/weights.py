@@ -10,15 +10,19 @@ from torch import Tensor, nn
 
 
 class WeightSets:
-    """Copies of parameters by name. Swapping exchanges storage, so nothing is rounded or copied,
-    and the module computes with the kept weights wherever it is wrapped."""
+    """Copies of parameters by name. Swapping exchanges storage, so nothing is rounded, and the
+    module computes with the kept weights wherever it is wrapped. With ``host``, whatever is not
+    computed with waits in the host's memory, and is copied over at every swap."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, host: bool = False) -> None:
         self._parameters = dict(parameters)
+        self._host = host
         self._kept: dict[str, dict[str, Tensor]] = {}
 
     def keep(self, name: str) -> None:
-        self._kept[name] = {key: p.detach().clone() for key, p in self._parameters.items()}
+        self._kept[name] = {
+            key: self._put_by(p.detach().clone()) for key, p in self._parameters.items()
+        }
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
@@ -35,4 +39,9 @@ class WeightSets:
     def _swap(self, name: str) -> None:
         kept = self._kept[name]
         for key, parameter in self._parameters.items():
-            parameter.data, kept[key] = kept[key], parameter.data
+            now = parameter.data
+            parameter.data = kept[key].to(now.device, copy=False)
+            kept[key] = self._put_by(now)
+
+    def _put_by(self, weight: Tensor) -> Tensor:
+        return weight.cpu() if self._host else weight

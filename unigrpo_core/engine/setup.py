@@ -138,7 +138,15 @@ def with_policy(
     accelerator, device = choose_device(recipe.compute.device, tracking)
     if device.type == "cpu":
         keep_freed_memory()
-    place = Placement(device, PRECISIONS[recipe.compute.precision], frozenset(recipe.train))
+    compute = recipe.compute
+    place = Placement(
+        device,
+        PRECISIONS[compute.precision],
+        frozenset(recipe.train),
+        checkpointing=compute.checkpointing,
+        compile=compute.compile,
+        reference=compute.reference,
+    )
     policy: Policy = recipe.policy.build(place)
     if recipe.start:
         _load(recipe, policy, Path(recipe.start) / "final")

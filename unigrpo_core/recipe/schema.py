@@ -21,7 +21,7 @@ from pydantic import (
 from unigrpo_core.catalog import Component
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.loading import said
-from unigrpo_core.plugin import Options, RecipePath
+from unigrpo_core.plugin import Checkpointing, Options, RecipePath
 
 Count = Annotated[int, Field(ge=1)]
 Expert = Literal["text", "image"]
@@ -326,6 +326,15 @@ class Compute(Table):
         None, ge=1, description="images denoised at once, if fewer than rollout_rows"
     )
     replay_tokens: int = Field(16384, ge=1, description="tokens of one replay batch at most")
+    checkpointing: Checkpointing = Field(
+        "none",
+        description="activations that a backward computes again to save memory: none, selective "
+        "(all but products and attention) or full",
+    )
+    compile: bool = Field(False, description="whether the model's blocks go through torch.compile")
+    reference: Literal["device", "host"] = Field(
+        "device", description="where the reference's weights wait: beside the model, or on its host"
+    )
 
 
 class Plugins(Table):

@@ -27,7 +27,7 @@ COMPANIONS = (
 def write_checkpoint(network: BagelNetwork, source: Path, folder: Path) -> None:
     """Writes the weights, and beside them what loading needs of the folder ``source``."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
+    state = {name: x.detach().cpu().contiguous() for name, x in network.published().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     if folder.resolve() == source.resolve():
         return
@@ -56,7 +56,7 @@ def read_weights(folder: Path, network: BagelNetwork, device: torch.device) -> d
 
 
 def _check(path: Path, network: BagelNetwork, state: Mapping[str, Tensor]) -> None:
-    wanted = {name: tuple(x.shape) for name, x in network.state_dict().items()}
+    wanted = {name: tuple(x.shape) for name, x in network.published().items()}
     found = {name: tuple(x.shape) for name, x in state.items()}
     problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
     problems += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]

@@ -20,9 +20,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from unigrpo_core.plugin import Checkpointing
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig
 from unigrpo_models.norm import RMSNorm
+from unigrpo_models.recompute import recomputed
 
 LayerCache = tuple[Tensor, Tensor]
 
@@ -59,13 +62,19 @@ def rotary(positions: Tensor, config: LanguageConfig, dtype: torch.dtype) -> Rot
     return Rotary(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
 
-def linear(module: nn.Linear, x: Tensor, frozen: bool) -> Tensor:
-    """A linear layer; frozen: no gradient to its weights, but through it to x."""
+def linear(module: nn.Module, x: Tensor, frozen: bool) -> Tensor:
+    """A linear layer, with adapters or without; frozen: no gradient to its weights, but through it
+    to x."""
+    y: Tensor
     if not frozen:
-        y: Tensor = module(x)
-        return y
-    bias = None if module.bias is None else module.bias.detach()
-    return F.linear(x, module.weight.detach(), bias)
+        y = module(x)
+    elif isinstance(module, nn.Linear):
+        bias = None if module.bias is None else module.bias.detach()
+        y = F.linear(x, module.weight.detach(), bias)
+    else:
+        fixed = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        y = functional_call(module, fixed, (x,))
+    return y
 
 
 def part(owner: nn.Module, name: str) -> Any:
@@ -142,7 +151,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm layer, with each expert's own weights throughout."""
+    """One pre-norm layer, with each expert's own weights throughout. It is called with the pass to
+    run, ``layer(Layer.text, ...)``, so that whatever wraps or compiles a module sees every pass."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
@@ -151,6 +161,9 @@ class Layer(nn.Module):
             self.add_module(f"mlp{expert}", MLP(config))
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 self.add_module(norm + expert, RMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return run(self, *args, **kwargs)
 
     def normed(self, x: Tensor, expert: str, frozen: bool = False) -> Tensor:
         """What attention reads."""
@@ -190,14 +203,18 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         rope: Rotary,
-        write: Callable[[Tensor, Tensor], LayerCache],
+        cache: LayerCache,
+        places: tuple[Tensor, Tensor],
         padding: Tensor,
     ) -> Tensor:
-        """One token per row [R, 1, D]; ``write`` puts its key and value into the slots and returns
-        all that are seen."""
+        """One token per row [R, 1, D]; its key and value are written into the cache, in place, at
+        the ``places`` (row, slot), and as many slots are seen as ``padding`` has."""
         normed, attention = self.normed(x, UND), self.self_attn
         k, v = attention.entry(normed, UND)
-        keys, values = write(rope(k), v)
+        rows, slots = places
+        cache[0][rows, :, slots] = rope(k)[:, :, 0]
+        cache[1][rows, :, slots] = v[:, :, 0]
+        keys, values = (kept[:, :, : padding.shape[-1]] for kept in cache)
         q = rope(attention.query(normed, UND))
         return self.finish(x, attend_all(q, keys, values, padding), UND)
 
@@ -298,6 +315,18 @@ class BagelNetwork(nn.Module):
         self.vae2llm = nn.Linear(token, width)
         self.llm2vae = nn.Linear(width, token)
         self.latent_pos_embed = PositionTable(config.latent.max_size, width)
+        self.checkpointing: Checkpointing = "none"
+
+    def published(self) -> dict[str, Tensor]:
+        """The weights under their published names, adapters left out."""
+        state = self.state_dict().items()
+        return {name.replace(".base_layer", ""): x for name, x in state if ".lora_" not in name}
+
+    def _run(self, layer: Layer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A pass of a layer, recomputed in the backward as ``checkpointing`` says."""
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return layer(run, *args, **kwargs)
+        return recomputed(self.checkpointing, layer, run, *args, **kwargs)
 
     @property
     def transformer(self) -> Transformer:
@@ -336,7 +365,7 @@ class BagelNetwork(nn.Module):
         for number, layer in enumerate(self.layers):
             wanted = want_hidden or number + 1 < len(self.layers)
             kept = None if before is None else before.caches[number]
-            x, cache = layer.text(x, rope, kept, mask, want_x=wanted)
+            x, cache = self._run(layer, Layer.text, x, rope, kept, mask, want_x=wanted)
             caches.append(cache)
         return (self.transformer.norm(x) if want_hidden else None), caches
 
@@ -348,15 +377,9 @@ class BagelNetwork(nn.Module):
         [R, 1, 1, L] and hides the slots beyond."""
         x = self.embed(ids[:, None])
         rope = rotary(positions[:, None], self.config.llm, x.dtype)
-        rows, length = torch.arange(len(ids), device=ids.device), padding.shape[-1]
+        rows = torch.arange(len(ids), device=ids.device)
         for layer, cache in zip(self.layers, caches, strict=True):
-
-            def write(k: Tensor, v: Tensor, cache: LayerCache = cache) -> LayerCache:
-                for slots, new in zip(cache, (k, v), strict=True):
-                    slots[rows, :, positions] = new[:, :, 0]
-                return cache[0][:, :, :length], cache[1][:, :, :length]
-
-            x = layer.step(x, rope, write, padding)
+            x = layer(Layer.step, x, rope, cache, (rows, positions), padding)
         hidden: Tensor = self.transformer.norm(x)
         return hidden[:, 0]
 
@@ -388,7 +411,9 @@ class BagelNetwork(nn.Module):
         # turning the keys of the text back by it spares every query and key of the block its turn.
         rope = rotary(-position[:, None], self.config.llm, boundary.dtype)
         for layer, (k, v) in zip(self.layers, caches, strict=True):
-            boundary, latents = layer.image(
+            boundary, latents = self._run(
+                layer,
+                Layer.image,
                 boundary,
                 latents,
                 (rope(k), v),

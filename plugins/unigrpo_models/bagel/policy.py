@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from unigrpo_core.interfaces import History, ImageFlowPolicy, TextPolicy
 from unigrpo_core.keys import Key, uniforms
 from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Sampling, TextSegment
+from unigrpo_models.adapters import Adapters, Lora
 from unigrpo_models.bagel.checkpoint import read_weights, write_checkpoint
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.decoding import decode_texts
@@ -32,19 +34,38 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
     the ``_moe_gen`` weights, the time embedder and the latent projections.
     """
 
-    def __init__(self, network: BagelNetwork, codec: Codec, folder: Path, place: Placement) -> None:
+    def __init__(
+        self,
+        network: BagelNetwork,
+        codec: Codec,
+        folder: Path,
+        place: Placement,
+        lora: Lora | None = None,
+    ) -> None:
         self.network = network
         self.codec = codec
         self.folder = folder
         self.place = place
-        self._root = ReplayRoot(network, codec, place.compute)
-        experts = self.parameters()
-        for expert, owned in experts.items():
-            for parameter in owned.values():
-                parameter.requires_grad_(expert in place.train)
-        self._sets = WeightSets(
-            {name: p for expert in sorted(place.train) for name, p in experts[expert].items()}
+        network.checkpointing = place.checkpointing
+        if place.compile:
+            for layer in network.layers:
+                layer.compile()
+        adapted = (
+            {} if lora is None else {e: t for e, t in lora.targets.items() if e in place.train}
         )
+        self._whole = place.train - adapted.keys()  # the experts that are trained without adapters
+        self._adapters = None
+        if lora is not None and adapted:
+            self._adapters = Adapters(network, replace(lora, targets=adapted), expert_of)
+        self._root = ReplayRoot(network, codec, place.compute)
+        for expert, owned in self.parameters().items():
+            for name, parameter in owned.items():
+                parameter.requires_grad_(
+                    expert in self._whole or (expert in adapted and ".lora_" in name)
+                )
+        trained = {name: p for name, p in self._root.named_parameters() if p.requires_grad}
+        self._sets = WeightSets(trained, host=place.reference == "host")
+        self._bare: set[str] = set()  # what was kept while the adapters changed nothing
         self._allowed = codec.allowed(place.device)
 
     @property
@@ -54,24 +75,41 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
     def parameters(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         experts: dict[str, dict[str, nn.Parameter]] = {"text": {}, "image": {}}
         for name, parameter in self._root.named_parameters():
-            if "_pos_embed" not in name:
-                experts["image" if _is_image(name) else "text"][name] = parameter
+            expert = expert_of(name)
+            if expert is not None:
+                experts[expert][name] = parameter
         return experts
 
     def keep(self, name: str) -> None:
-        self._sets.keep(name)
+        if self._adapters is not None and not self._whole and self._adapters.fresh:
+            self._bare.add(name)
+        else:
+            self._bare.discard(name)
+            self._sets.keep(name)
 
     def weights(self, name: str) -> AbstractContextManager[None]:
+        if self._adapters is not None and name in self._bare:
+            return self._adapters.off()
         return self._sets.use(name)
 
     def wrap_units(self) -> tuple[type[nn.Module], ...]:
         return (Layer,)
 
     def save(self, folder: Path) -> None:
-        write_checkpoint(self.network, self.folder, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._adapters is not None:
+            self._adapters.save(folder, str(self.folder))
+        if self._adapters is None or self._whole:
+            write_checkpoint(self.network, self.folder, folder)
 
     def load(self, folder: Path) -> None:
-        self.network.load_state_dict(read_weights(folder, self.network, self.place.device))
+        if self._adapters is not None:
+            self._adapters.load(folder)
+        if self._adapters is None or self._whole:
+            state = read_weights(folder, self.network, self.place.device)
+            with torch.no_grad():
+                for name, weight in self.network.published().items():
+                    weight.copy_(state[name])
 
     # --- sampling -----------------------------------------------------------------------------
 
@@ -175,14 +213,18 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         return torch.autocast(self.place.device.type, compute, enabled=compute != torch.float32)
 
 
-def _is_image(name: str) -> bool:
-    return "_moe_gen" in name or any(
-        part in name for part in ("time_embedder", "vae2llm", "llm2vae")
-    )
+def expert_of(name: str) -> str | None:
+    """The expert that owns a parameter or a module, by its path; None for the fixed tables."""
+    if "_pos_embed" in name:
+        return None
+    image = ("_moe_gen", "time_embedder", "vae2llm", "llm2vae")
+    return "image" if any(part in name for part in image) else "text"
 
 
-def load_bagel(folder: Path, system_prompt: str, place: Placement) -> BagelPolicy:
-    """The policy of a checkpoint folder.
+def load_bagel(
+    folder: Path, system_prompt: str, place: Placement, lora: Lora | None = None
+) -> BagelPolicy:
+    """The policy of a checkpoint folder, whole or with adapters.
 
     Raises:
         UserError: the folder is no checkpoint of this layout, or a tensor is missing, unexpected
@@ -199,4 +241,4 @@ def load_bagel(folder: Path, system_prompt: str, place: Placement) -> BagelPolic
     with torch.device("meta"):
         network = BagelNetwork(config)
     network.load_state_dict(read_weights(folder, network, place.device), assign=True)
-    return BagelPolicy(network, codec, folder, place)
+    return BagelPolicy(network, codec, folder, place, lora)

@@ -13,17 +13,41 @@ if TYPE_CHECKING:
     from unigrpo_models.bagel.policy import BagelPolicy
 
 
+PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+
+
 class BagelOptions(Options):
     checkpoint: CheckpointPath = Field(
         description="a folder in BAGEL's layout, or pkg:PACKAGE/FOLDER for one that a package ships"
     )
     system_prompt: str = Field("", description="put before every prompt; empty: none")
+    lora_rank: int = Field(
+        0, ge=0, description="rank of adapters on the trained experts; 0: whole experts are trained"
+    )
+    lora_alpha: int | None = Field(
+        None, gt=0, description="their scale is lora_alpha / lora_rank; twice the rank when absent"
+    )
+    lora_text: tuple[str, ...] = Field(
+        PROJECTIONS, description="layers of the text expert with adapters, by the end of their path"
+    )
+    lora_image: tuple[str, ...] = Field(
+        PROJECTIONS,
+        description="layers of the image expert with adapters; the suffix _moe_gen may be left out",
+    )
 
 
 def build(options: BagelOptions, place: Placement) -> BagelPolicy:
+    from unigrpo_models.adapters import Lora
     from unigrpo_models.bagel.policy import load_bagel
 
-    return load_bagel(checkpoint_folder(options.checkpoint), options.system_prompt, place)
+    lora = None
+    if options.lora_rank:
+        targets = {"text": options.lora_text, "image": options.lora_image}
+        lora = Lora(options.lora_rank, options.lora_alpha or 2 * options.lora_rank, targets)
+    return load_bagel(checkpoint_folder(options.checkpoint), options.system_prompt, place, lora)
 
 
 def notes(options: BagelOptions) -> Sequence[str]:

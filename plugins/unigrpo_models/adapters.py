@@ -1,0 +1,157 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on linear layers by name, through PEFT and in its
+files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unigrpo_core.errors import UserError
+from unigrpo_core.keys import Key, uniforms
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is adapted: y = W x + alpha / rank * B A x, with A [rank, in] and B [out, rank]."""
+
+    rank: int
+    alpha: int
+    targets: Mapping[str, tuple[str, ...]]  # names of layers, per expert
+
+
+class Adapters:
+    """The adapters of a network, which computes with them from now on. A is drawn alike in every
+    run, from U(-1/sqrt(in), 1/sqrt(in)), B starts at 0; both are float32.
+
+    Args:
+        expert_of: the expert that owns a layer, by the layer's path; None if none does.
+
+    Raises:
+        UserError: PEFT is missing, or a target binds no linear layer of its expert.
+    """
+
+    def __init__(
+        self, network: nn.Module, lora: Lora, expert_of: Callable[[str], str | None]
+    ) -> None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise UserError(
+                'adapters need PEFT: pip install "unigrpo[lora]", or set policy.lora_rank to 0'
+            ) from error
+        linear = [name for name, x in network.named_modules() if isinstance(x, nn.Linear)]
+        bound: list[str] = []
+        for expert, targets in lora.targets.items():
+            mine = [name for name in linear if expert_of(name) == expert]
+            bound += _bind(expert, targets, mine)
+        self.layers = bound
+        self._model: Any = get_peft_model(
+            network,
+            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=bound),
+        )
+        for name in bound:
+            layer: Any = network.get_submodule(name)
+            _draw(name, layer.lora_A["default"].weight)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether they change nothing: every B is 0."""
+        return not any(
+            bool(p.any()) for name, p in self._model.named_parameters() if ".lora_B." in name
+        )
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Computes without them, and without gradient."""
+        with torch.no_grad(), self._model.disable_adapter():
+            yield
+
+    def save(self, folder: Path, base: str) -> None:
+        """Writes them in PEFT's layout; ``base`` names the model they are of."""
+        from peft import get_peft_model_state_dict
+
+        config = self._model.peft_config["default"]
+        config.base_model_name_or_path, config.auto_mapping = base, None
+        config.save_pretrained(str(folder), auto_mapping_dict=None)
+        state = {
+            name: x.detach().cpu() for name, x in get_peft_model_state_dict(self._model).items()
+        }
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def load(self, folder: Path) -> None:
+        """Takes over what :meth:`save` wrote.
+
+        Raises:
+            UserError: it is not there, damaged, or of other layers or another rank.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        path = folder / WEIGHTS
+        try:
+            state = load_file(path)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder} has no {WEIGHTS}: its run trained without adapters; "
+                "set policy.lora_rank to 0, or start from another run"
+            ) from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        mine = get_peft_model_state_dict(self._model)
+        found = {name: tuple(x.shape) for name, x in state.items()}
+        wanted = {name: tuple(x.shape) for name, x in mine.items()}
+        if found != wanted:
+            other = sorted(found.items() ^ wanted.items())[0][0]
+            raise UserError(
+                f"{path} has adapters of other layers or another rank than this recipe's: {other} "
+                f"is {found.get(other, 'missing')} there and {wanted.get(other, 'missing')} here; "
+                "policy.lora_rank, lora_text and lora_image must be those of that run"
+            )
+        set_peft_model_state_dict(self._model, state)
+
+
+def _bind(expert: str, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """The layers that the targets name: by a whole path or by its last parts, with or without the
+    expert's suffix."""
+    bound: dict[str, None] = {}
+    for target in targets:
+        named = [name for name in layers if f".{target}" in _endings(name)]
+        if not named:
+            words = sorted({_plain(name).rsplit(".", 1)[-1] for name in layers})
+            raise UserError(
+                f"policy.lora_{expert} names {target!r}, which is no linear layer of the {expert} "
+                f"expert; its layers are: {', '.join(words)}"
+            )
+        bound |= dict.fromkeys(named)
+    return list(bound)
+
+
+def _endings(name: str) -> set[str]:
+    found = set()
+    for path in (name, _plain(name)):
+        parts = path.split(".")
+        found |= {"." + ".".join(parts[start:]) for start in range(len(parts))}
+    return found
+
+
+def _plain(name: str) -> str:
+    return name.replace("_moe_gen", "")
+
+
+@torch.no_grad()
+def _draw(name: str, weight: nn.Parameter) -> None:
+    """U(-1/sqrt(in), 1/sqrt(in)), PEFT's own start, by a key of the layer's name."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    drawn = uniforms([Key(("lora", name))], weight.numel(), weight.device)
+    weight.copy_(((2 * drawn - 1) * bound).view(weight.shape))
