@@ -54,3 +54,15 @@ def environment(tmp_path_factory):
         return fresh
 
     return environment
+
+
+def pytest_collection_modifyitems(items):
+    """What is marked ``gpu`` is skipped where there is none; torch is asked only if there is
+    something to skip."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))

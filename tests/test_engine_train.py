@@ -392,7 +392,6 @@ for number, (text, image) in enumerate((tiny.text_of(r), tiny.image_of(r)) for r
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_two_steps_on_cuda_draw_what_the_cpu_draws(tmp_path, checkpoint):
     """Draws are the same to the bit; what is computed from them agrees to rounding. Each device
     in a process of its own, since accelerate settles on one."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unigrpo_core.errors import UserError
+from unigrpo_models.adapters import WEIGHTS as ADAPTERS
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.network import BagelNetwork
 
@@ -46,7 +47,13 @@ def read_weights(folder: Path, network: BagelNetwork, device: torch.device) -> d
     try:
         state = load_file(path, device=str(device))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {WEIGHTS}") from error
+        adapters = (folder / ADAPTERS).exists()
+        raise UserError(
+            f"{folder} holds adapters, not whole weights: set policy.lora_rank, lora_text and "
+            "lora_image as its run had them"
+            if adapters
+            else f"{folder} has no {WEIGHTS}"
+        ) from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     except OSError as error:

@@ -24,6 +24,7 @@ from unigrpo_models.bagel.latents import latent_shape, unpatchify
 from unigrpo_models.bagel.network import BagelNetwork, Layer
 from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
 from unigrpo_models.bagel.tokens import Codec, pad
+from unigrpo_models.compiled import compile_units
 from unigrpo_models.weights import WeightSets
 
 
@@ -48,8 +49,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         self.place = place
         network.checkpointing = place.checkpointing
         if place.compile:
-            for layer in network.layers:
-                layer.compile()
+            compile_units(network.layers[:-1])  # the last has passes of its own
         adapted = (
             {} if lora is None else {e: t for e, t in lora.targets.items() if e in place.train}
         )
@@ -129,7 +129,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
             )
         return room
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def open(self, prompts: Sequence[Prompt]) -> BagelHistory:
         return self._read([self.codec.context(prompt) for prompt in prompts])
 
@@ -141,7 +141,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
             )
         return BagelHistory(tuple(caches), tuple(tuple(row) for row in rows))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def branches(self, history: History, names: Sequence[str]) -> Mapping[str, BagelHistory]:
         return {name: self._unconditional(name, len(history)) for name in names}
 
@@ -152,7 +152,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
             return empty_history(self.network.config.llm, rows, self.place.device)
         return self._read([self.codec.system] * rows)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def append(self, history: History, written: TextSegment) -> BagelHistory:
         assert isinstance(history, BagelHistory)
         thoughts = self.codec.thoughts(written.tokens.tolist(), written.mask.tolist())
@@ -190,7 +190,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
     def time_shift(self, size: tuple[int, int]) -> float:
         return self.network.config.latent.time_shift
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def velocity(self, history: History, x_t: Tensor, t: Tensor) -> Tensor:
         assert isinstance(history, BagelHistory)
         with self._autocast():
@@ -204,7 +204,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
                 owner=history.equals,
             )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         return (unpatchify(self.network.config.latent, latents) * 0.5 + 0.5).clamp(0, 1)
 

@@ -31,11 +31,14 @@ class BagelOptions(Options):
         None, gt=0, description="their scale is lora_alpha / lora_rank; twice the rank when absent"
     )
     lora_text: tuple[str, ...] = Field(
-        PROJECTIONS, description="layers of the text expert with adapters, by the end of their path"
+        PROJECTIONS,
+        description="layers of the text expert with adapters, by the end of their path; none: it "
+        "is trained whole",
     )
     lora_image: tuple[str, ...] = Field(
         PROJECTIONS,
-        description="layers of the image expert with adapters; the suffix _moe_gen may be left out",
+        description="layers of the image expert with adapters (the suffix _moe_gen may be left "
+        "out); none: it is trained whole",
     )
 
 
@@ -45,7 +48,8 @@ def build(options: BagelOptions, place: Placement) -> BagelPolicy:
 
     lora = None
     if options.lora_rank:
-        targets = {"text": options.lora_text, "image": options.lora_image}
+        asked = {"text": options.lora_text, "image": options.lora_image}
+        targets = {expert: names for expert, names in asked.items() if names}
         lora = Lora(options.lora_rank, options.lora_alpha or 2 * options.lora_rank, targets)
     return load_bagel(checkpoint_folder(options.checkpoint), options.system_prompt, place, lora)
 
