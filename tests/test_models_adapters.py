@@ -40,13 +40,16 @@ def randomise(policy):
 
 
 def test_targets_bind_layers_of_their_expert_only(checkpoint):
-    lora = Lora(2, 4, {"text": ("q_proj",), "image": ("mlp.down_proj", "vae2llm")})
+    lora = Lora(
+        2, 4, {"text": ("q_proj",), "image": ("mlp.down_proj", "vae2llm", "time_embedder.mlp.0")}
+    )
     built = policy(checkpoint, lora)
     text = {n.split(".lora_")[0].split("layers.")[1] for n in trained(built, "text")}
     assert text == {"0.self_attn.q_proj", "1.self_attn.q_proj"}
     image = {n.split(".lora_")[0].removeprefix("network.") for n in trained(built, "image")}
     layers = {f"language_model.model.layers.{i}.mlp_moe_gen.down_proj" for i in range(2)}
-    assert image == {*layers, "vae2llm"}
+    assert image == {*layers, "vae2llm", "time_embedder.mlp.0"}
+    built.velocity(built.open(tiny.prompts(1)), torch.zeros(1, 2, 3, 48), torch.tensor([0.5]))
 
 
 def test_an_expert_without_targets_is_trained_whole_and_an_untrained_one_not_at_all(checkpoint):
@@ -63,6 +66,20 @@ def test_an_expert_without_targets_is_trained_whole_and_an_untrained_one_not_at_
         {"image"},
     )
     assert not trained(alone, "text")
+
+
+def test_a_policy_that_only_samples_takes_the_adapters_it_finds(checkpoint, tmp_path):
+    run = tiny.run(tmp_path, checkpoint, RANK)
+    start = f"start={json.dumps(str(run))}"
+    trained = tiny.setup(tmp_path, checkpoint, RANK, start).policy
+    for rank in (RANK, "policy.lora_rank=0"):
+        sampler = tiny.setup(tmp_path, checkpoint, rank, start, "train=[]", "steps=0").policy
+        ids = torch.tensor([[3, 5, 7, 9]])
+        assert torch.equal(sampler.network.text(ids)[0], trained.network.text(ids)[0])
+        assert not any(p.requires_grad for p in sampler.root.parameters())
+    (run / "final" / "adapter_config.json").write_text('{"r": 2}')
+    with pytest.raises(UserError, match="adapter_config.json does not fit this model"):
+        tiny.setup(tmp_path, checkpoint, start, "train=[]", "steps=0")
 
 
 @pytest.mark.parametrize("target", ["qproj", "proj", "embed_tokens", "norm", "vae2llm"])

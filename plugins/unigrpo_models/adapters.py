@@ -3,6 +3,7 @@ files."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import nn
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.keys import Key, uniforms
+from unigrpo_core.loading import said
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,38 +34,60 @@ class Lora:
 
 
 class Adapters:
-    """The adapters of a network, which computes with them from now on. A is drawn alike in every
-    run, from U(-1/sqrt(in), 1/sqrt(in)), B starts at 0; both are float32.
+    """The adapters of a network, which computes with them from now on, at first in vain: A is drawn
+    alike in every run, from U(-1/sqrt(in), 1/sqrt(in)), B is 0; both are float32.
 
     Args:
-        expert_of: the expert that owns a layer, by the layer's path; None if none does.
+        layers: the paths of the linear layers that get one.
 
     Raises:
-        UserError: PEFT is missing, or a target binds no linear layer of its expert.
+        UserError: PEFT is missing.
     """
 
-    def __init__(
-        self, network: nn.Module, lora: Lora, expert_of: Callable[[str], str | None]
-    ) -> None:
+    def __init__(self, network: nn.Module, layers: Sequence[str], rank: int, alpha: int) -> None:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise UserError(
                 'adapters need PEFT: pip install "unigrpo[lora]", or set policy.lora_rank to 0'
             ) from error
+        self.layers = tuple(layers)
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(layers))
+        self._model: Any = get_peft_model(network, config)
+        for name in layers:
+            layer: Any = network.get_submodule(name)
+            _draw(name, layer.lora_A["default"].weight)
+
+    @classmethod
+    def of(cls, network: nn.Module, lora: Lora, expert_of: Callable[[str], str | None]) -> Adapters:
+        """Those that ``lora`` asks for; ``expert_of`` names the expert that owns a layer, by the
+        layer's path, or None.
+
+        Raises:
+            UserError: PEFT is missing, or a target binds no linear layer of its expert.
+        """
         linear = [name for name, x in network.named_modules() if isinstance(x, nn.Linear)]
         bound: list[str] = []
         for expert, targets in lora.targets.items():
-            mine = [name for name in linear if expert_of(name) == expert]
-            bound += _bind(expert, targets, mine)
-        self.layers = bound
-        self._model: Any = get_peft_model(
-            network,
-            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=bound),
-        )
-        for name in bound:
-            layer: Any = network.get_submodule(name)
-            _draw(name, layer.lora_A["default"].weight)
+            bound += _bind(expert, targets, [n for n in linear if expert_of(n) == expert])
+        return cls(network, bound, lora.rank, lora.alpha)
+
+    @classmethod
+    def saved(cls, network: nn.Module, folder: Path) -> Adapters:
+        """Those that :meth:`save` wrote.
+
+        Raises:
+            UserError: they are damaged, or of another network.
+        """
+        path = folder / CONFIG
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            layers = sorted(config["target_modules"])
+            found = cls(network, layers, int(config["r"]), int(config["lora_alpha"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} does not fit this model: {said(error)}") from error
+        found.load(folder)
+        return found
 
     @property
     def fresh(self) -> bool:
@@ -84,6 +108,7 @@ class Adapters:
 
         config = self._model.peft_config["default"]
         config.base_model_name_or_path, config.auto_mapping = base, None
+        config.target_modules = set(self.layers)  # in whole: PEFT's short forms bind more elsewhere
         config.save_pretrained(str(folder), auto_mapping_dict=None)
         state = {
             name: x.detach().cpu() for name, x in get_peft_model_state_dict(self._model).items()

@@ -277,8 +277,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        first = self.mlp[0]
-        assert isinstance(first, nn.Linear)
+        first: Any = self.mlp[0]  # a linear layer, or one with an adapter
         embedded: Tensor = self.mlp(sinusoid(t).to(first.weight.dtype))
         return embedded
 

@@ -15,8 +15,9 @@ from unigrpo_core.interfaces import History, ImageFlowPolicy, TextPolicy
 from unigrpo_core.keys import Key, uniforms
 from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Sampling, TextSegment
+from unigrpo_models.adapters import CONFIG as ADAPTERS
 from unigrpo_models.adapters import Adapters, Lora
-from unigrpo_models.bagel.checkpoint import read_weights, write_checkpoint
+from unigrpo_models.bagel.checkpoint import WEIGHTS, read_weights, write_checkpoint
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.decoding import decode_texts
 from unigrpo_models.bagel.history import BagelHistory, empty_history
@@ -56,7 +57,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         self._whole = place.train - adapted.keys()  # the experts that are trained without adapters
         self._adapters = None
         if lora is not None and adapted:
-            self._adapters = Adapters(network, replace(lora, targets=adapted), expert_of)
+            self._adapters = Adapters.of(network, replace(lora, targets=adapted), expert_of)
         self._root = ReplayRoot(network, codec, place.compute)
         for expert, owned in self.parameters().items():
             for name, parameter in owned.items():
@@ -105,7 +106,10 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
     def load(self, folder: Path) -> None:
         if self._adapters is not None:
             self._adapters.load(folder)
-        if self._adapters is None or self._whole:
+        elif not self.place.train and (folder / ADAPTERS).exists():  # to sample with
+            self._adapters = Adapters.saved(self.network, folder)
+            self.network.requires_grad_(False)
+        if self._adapters is None or (folder / WEIGHTS).exists():
             state = read_weights(folder, self.network, self.place.device)
             with torch.no_grad():
                 for name, weight in self.network.published().items():
