@@ -78,7 +78,7 @@ def test_a_policy_that_only_samples_takes_the_adapters_it_finds(checkpoint, tmp_
         assert torch.equal(sampler.network.text(ids)[0], trained.network.text(ids)[0])
         assert not any(p.requires_grad for p in sampler.root.parameters())
     (run / "final" / "adapter_config.json").write_text('{"r": 2}')
-    with pytest.raises(UserError, match="adapter_config.json does not fit this model"):
+    with pytest.raises(UserError, match=r"adapter_config\.json does not fit this model"):
         tiny.setup(tmp_path, checkpoint, start, "train=[]", "steps=0")
 
 
