@@ -39,7 +39,7 @@ class Sizes:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Sizes:
-        """Raises KeyError or IndexError where a tensor that tells a size is not there."""
+        """Raises KeyError where a tensor that tells a size is not there."""
         levels = _count(shapes, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
         blocks = _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")
         return cls(
@@ -262,7 +262,9 @@ def _empty(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Autoencoder:
     try:
         with torch.device("meta"):
             autoencoder = Autoencoder(Sizes.of(shapes))
-    except (KeyError, IndexError, ValueError) as error:
+    except KeyError as error:
+        raise UserError(f"{path} is no FLUX autoencoder: missing {error.args[0]}") from error
+    except (IndexError, ValueError) as error:
         raise UserError(f"{path} is no FLUX autoencoder: {error}") from error
     wanted = {name: tuple(x.shape) for name, x in autoencoder.state_dict().items()}
     problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - shapes.keys())]
