@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from unigrpo_methods.guidance.cfg import CFG, CFGOptions
 from unigrpo_methods.schedulers.ode import ODE, ODEOptions
-from unigrpo_models.bagel.config import BagelConfig, LanguageConfig, Latent
+from unigrpo_models.bagel.config import BagelConfig, LanguageConfig, Latent, VitConfig
 from unigrpo_models.bagel.latents import latent_shape, patchify, unpatchify
 from unigrpo_models.bagel.network import BagelNetwork, PositionTable, sinusoid
 
@@ -21,6 +21,7 @@ BOUNDARY = torch.tensor([[SPECIAL["start_of_image"], SPECIAL["end_of_image"]]])
 CONFIG = BagelConfig(
     llm=LanguageConfig.model_validate_json((DATA / "llm_config.json").read_text()),
     latent=Latent(patch=META["latent_patch_size"], max_size=META["max_latent_size"]),
+    vit=VitConfig.model_validate_json((DATA / "vit_config.json").read_text()),
 )
 CASES, SIZES, TIMES = ("a", "b"), ("s0", "s1"), (0, 1, 2)
 

@@ -103,6 +103,16 @@ class TestCFGOnAnInterval(GuidanceConformance):
     options: ClassVar = {"scale": 2.5, "interval": [0.2, 0.8]}
 
 
+class TestCFGAsInBAGEL(GuidanceConformance):
+    use = "cfg"
+    options: ClassVar = {"interval": [0.4, 1.0], "image_scale": 1.5, "renorm": "global"}
+
+
+class TestCFGAsInBAGELsEditing(GuidanceConformance):
+    use = "cfg"
+    options: ClassVar = {"image_scale": 2.0, "renorm": "text_channel", "renorm_min": 0.1}
+
+
 class TestGRPO(TextObjectiveConformance):
     use = "grpo"
 

@@ -61,6 +61,45 @@ def test_gradients_of_guidance(scale: float) -> None:
     assert torch.equal(by_free, (1 - scale) * inside)
 
 
+@pytest.mark.parametrize("renorm", ["global", "channel", "text_channel"])
+def test_rescaling_shrinks_each_image_or_token_and_never_enlarges(renorm: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    v, text, image = torch.randn(3, 2, 3, 4, 5, 8, generator=generator)
+    text[:, 1] = 2 * v[:, 1]  # the guided velocity is the shorter one
+    given = {"text": text, "image": image}
+    t = torch.full((2, 3), 0.5)
+
+    def combined(**options: object) -> torch.Tensor:
+        chosen = cfg.CFGOptions.model_validate({"scale": 1.3, **options})
+        return cfg.build(chosen).combine(v, given, t)
+
+    axes = (2, 3, 4) if renorm == "global" else (4,)
+    free, shrunk = combined(), combined(renorm=renorm)
+    norm, longest, found = (torch.linalg.vector_norm(x, dim=axes) for x in (v, free, shrunk))
+    longer = (longest > norm).flatten()
+    assert longer.any()
+    assert not longer.all()
+    torch.testing.assert_close(found, torch.minimum(longest, norm), atol=1e-5, rtol=1e-5)
+    assert torch.equal(combined(renorm=renorm, renorm_min=1.0), free)
+    both = combined(renorm=renorm, image_scale=2.0)
+    if renorm == "text_channel":
+        torch.testing.assert_close(both, image + 2 * (shrunk - image))
+    else:
+        assert (torch.linalg.vector_norm(both, dim=axes) <= norm * (1 + 1e-5)).all()
+    alone = cfg.build(cfg.CFGOptions.model_validate({"scale": 1.3, "renorm": renorm}))
+    for row in range(2):
+        rows = slice(row, row + 1)
+        got = alone.combine(v[rows], {"text": text[rows]}, t[rows])
+        assert torch.equal(got, shrunk[rows])
+
+
+def test_the_branch_of_the_image_scale() -> None:
+    assert cfg.build(cfg.CFGOptions(image_scale=1.5)).branches == ("text", "image")
+    assert cfg.build(cfg.CFGOptions(image_scale=1.0)).branches == ("text",)
+    off = cfg.build(cfg.CFGOptions(scale=1.0, image_scale=1.5, renorm="global"))
+    assert not off.active(torch.full((1, 3), 0.5)).any()
+
+
 def test_none_is_the_identity() -> None:
     guidance = none.build(none.NoGuidanceOptions())
     t = torch.tensor([[1.0, 0.5, 0.1]])
@@ -80,6 +119,12 @@ def test_none_is_the_identity() -> None:
         ({"interval": (-0.1, 1.0)}, "0 <= lo < hi <= 1"),
         ({"interval": (0.0, 1.1)}, "0 <= lo < hi <= 1"),
         ({"renorm": True}, "renorm"),
+        ({"renorm": "local"}, "renorm"),
+        ({"image_scale": 0.5}, "image_scale"),
+        ({"renorm": "global", "renorm_min": 1.5}, "renorm_min"),
+        ({"renorm_min": 0.5}, "does nothing without renorm"),
+        ({"scale": 0.5, "image_scale": 2.0}, "scale must be at least 1; got 0.5"),
+        ({"scale": 0.0, "renorm": "channel"}, "scale must be at least 1; got 0.0"),
     ],
 )
 def test_wrong_options(given: dict[str, object], message: str) -> None:

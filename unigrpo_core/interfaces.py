@@ -159,11 +159,29 @@ class ImageFlowPolicy(Policy):
 
 
 class ImageReader(Policy):
-    """A policy that looks at images: for editing, and for several rounds."""
+    """A policy that looks at images: for editing, and for several rounds. What it is shown and told
+    stands in the order of the calls; none of them has a gradient."""
+
+    @abstractmethod
+    def start(self, rows: int) -> History:
+        """Histories in which nothing was told yet: ``tell`` after it is ``open``."""
+
+    @abstractmethod
+    def tell(self, history: History, prompts: Sequence[Prompt]) -> History:
+        """Appends a prompt to each row.
+
+        Raises:
+            UserError: a row would be longer than the policy takes.
+        """
 
     @abstractmethod
     def look(self, history: History, images: Tensor, keys: Sequence[Key]) -> History:
-        """Appends images [B, 3, H, W] in [0, 1]; a stochastic encoder draws from ``keys``."""
+        """Appends an image to each row: [B, 3, H, W] in [0, 1], which the policy may resize. A
+        stochastic encoder's draw for row b is ``keys[b].child("encode")``.
+
+        Raises:
+            UserError: the policy has no eyes, or a row would be longer than it takes.
+        """
 
 
 # --- methods ----------------------------------------------------------------------------------

@@ -58,11 +58,36 @@ class Latent(BaseModel):
         return self.patch * (1 if self.space == "pixels" else 8)
 
 
+class VitConfig(BaseModel):
+    """The fields of ``vit_config.json`` that matter; others are kept as they are. The last of the
+    layers it counts is not used, and is in no file."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=1)
+    patch_size: int = Field(14, gt=0)
+    image_size: int = Field(980, gt=0, description="longest side of an image, in pixels")
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def layers(self) -> int:
+        return self.num_hidden_layers - 1
+
+    @property
+    def side(self) -> int:
+        """Patches along the longest side: the side of both position tables."""
+        return self.image_size // self.patch_size
+
+
 class BagelConfig(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     llm: LanguageConfig
     latent: Latent = Latent()
+    vit: VitConfig | None = None  # None: a model that does not look at images
 
     @classmethod
     def read(cls, folder: Path) -> BagelConfig:
@@ -75,6 +100,8 @@ class BagelConfig(BaseModel):
             llm = LanguageConfig.model_validate_json((folder / "llm_config.json").read_text())
             name = folder / "config.json"
             extra = _Extra.model_validate_json(name.read_text()) if name.exists() else _Extra()
+            eye = folder / "vit_config.json"
+            vit = VitConfig.model_validate_json(eye.read_text()) if eye.exists() else None
         except FileNotFoundError as error:
             raise UserError(
                 f"{folder} is no BAGEL checkpoint: it has no llm_config.json"
@@ -87,7 +114,7 @@ class BagelConfig(BaseModel):
             raise UserError(f"{folder} is no BAGEL checkpoint: {problems}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{folder} is no BAGEL checkpoint: {error}") from error
-        return cls(llm=llm, latent=extra.latent)
+        return cls(llm=llm, latent=extra.latent, vit=vit)
 
 
 class _Extra(BaseModel):

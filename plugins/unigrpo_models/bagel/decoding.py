@@ -30,6 +30,7 @@ def decode_texts(
     device = uniform.device
     each = torch.arange(rows, device=device)
     place = torch.tensor(history.lengths, device=device)  # the next slot of every row
+    ahead = place - torch.tensor(history.positions, device=device)  # images: slots, one position
     width = max(history.lengths)
     capacity = history.caches[0][0].shape[2]
     hidden_slots = torch.arange(capacity, device=device) >= place[:, None]
@@ -44,7 +45,7 @@ def decode_texts(
     for turn in range(limit + 2):
         width += 1
         padding[each, 0, 0, place] = torch.where(active, 0.0, float("-inf"))
-        final = network.step(feed, place, list(history.caches), padding[..., :width])
+        final = network.step(feed, place - ahead, list(history.caches), padding[..., :width], place)
         place = place + active
         active = active & ~ending
         if not bool(active.any()):

@@ -25,9 +25,13 @@ def latent_shape(config: Latent, size: tuple[int, int]) -> tuple[int, int, int]:
 
 def patchify(config: Latent, grid: Tensor) -> Tensor:
     """[B, h, w, token] of a grid [B, C, h p, w p]; a token is (row in patch, column, channel)."""
+    return patches(config.patch, grid)
+
+
+def patches(p: int, grid: Tensor) -> Tensor:
+    """[B, h, w, p p C] of a grid [B, C, h p, w p], in the order (row in patch, column, channel)."""
     rows, channels, height, width = grid.shape
-    p = config.patch
-    x = grid.view(rows, channels, height // p, p, width // p, p)
+    x = grid.reshape(rows, channels, height // p, p, width // p, p)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3)
 
 

@@ -24,6 +24,8 @@ from torch.func import functional_call
 
 from unigrpo_core.plugin import Checkpointing
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig
+from unigrpo_models.bagel.latents import patches
+from unigrpo_models.bagel.vision import Connector, Vit, grid_places
 from unigrpo_models.norm import RMSNorm
 from unigrpo_models.recompute import recomputed
 
@@ -35,10 +37,10 @@ GEN = "_moe_gen"
 
 @dataclass(frozen=True, eq=False)
 class Before:
-    """Text that stands before other text: per layer its keys and values [R, Hk, L, d]."""
+    """What stands before text: per layer its keys and values [R, Hk, L, d]."""
 
     caches: list[LayerCache]
-    lengths: Tensor  # int64 [R]
+    positions: Tensor  # int64 [R], of what comes next
     hidden: Tensor  # bool [R, L], the slots that hold nothing
 
 
@@ -314,6 +316,10 @@ class BagelNetwork(nn.Module):
         self.vae2llm = nn.Linear(token, width)
         self.llm2vae = nn.Linear(width, token)
         self.latent_pos_embed = PositionTable(config.latent.max_size, width)
+        if config.vit is not None:
+            self.vit_model = Vit(config.vit).requires_grad_(False)
+            self.connector = Connector(config.vit, width).requires_grad_(False)
+            self.vit_pos_embed = PositionTable(config.vit.side, width)
         self.checkpointing: Checkpointing = "none"
 
     def published(self) -> dict[str, Tensor]:
@@ -341,8 +347,23 @@ class BagelNetwork(nn.Module):
     def table_rows(self, height: int, width: int) -> Tensor:
         """int64 [h * w]: the position table's rows for a grid of latent tokens, row by row."""
         device = self.latent_pos_embed.pos_embed.device
-        rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-        return (rows[:, None] * self.config.latent.max_size + columns).flatten()
+        return grid_places(height, width, self.config.latent.max_size, device)
+
+    def embed_latents(self, x_t: Tensor, t: Tensor, table_rows: Tensor) -> Tensor:
+        """[R, N, D] of latent tokens [R, N, token] at times t [R] and places [N]."""
+        table = self.latent_pos_embed.pos_embed[table_rows]
+        latents: Tensor = self.vae2llm(x_t.to(self.vae2llm.weight.dtype))
+        return latents + self.time_embedder(t)[:, None] + table
+
+    def embed_image(self, pixels: Tensor) -> Tensor:
+        """[R, N, D] of what the ViT sees of images [R, 3, h p, w p] in [-1, 1], row by row."""
+        vit = self.config.vit
+        assert vit is not None
+        seen = patches(vit.patch_size, pixels)
+        places = grid_places(*seen.shape[1:3], vit.side, pixels.device)
+        features = self.vit_model.vision_model(seen.flatten(1, 2), places)
+        embedded: Tensor = self.connector(features) + self.vit_pos_embed.pos_embed[places]
+        return embedded
 
     def text(
         self, ids: Tensor, before: Before | None = None, *, want_hidden: bool = True
@@ -353,7 +374,7 @@ class BagelNetwork(nn.Module):
         places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         mask = None
         if before is not None:
-            places = places + before.lengths[:, None]
+            places = places + before.positions[:, None]
             future = torch.full((ids.shape[1],) * 2, float("-inf"), device=ids.device).triu(1)
             past = torch.zeros(before.hidden.shape, device=ids.device)
             past = past.masked_fill(before.hidden, float("-inf"))[:, None]
@@ -369,16 +390,22 @@ class BagelNetwork(nn.Module):
         return (self.transformer.norm(x) if want_hidden else None), caches
 
     def step(
-        self, ids: Tensor, positions: Tensor, caches: list[LayerCache], padding: Tensor
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        caches: list[LayerCache],
+        padding: Tensor,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [R, D] of one token per row, ids and positions [R]. Its keys and
-        values are written into the caches, in place, at slot = position; ``padding`` is additive
-        [R, 1, 1, L] and hides the slots beyond."""
+        values are written into the caches, in place, at slots ``places`` [R] (None: slot =
+        position); ``padding`` is additive [R, 1, 1, L] and hides the slots beyond."""
+        places = positions if places is None else places
         x = self.embed(ids[:, None])
         rope = rotary(positions[:, None], self.config.llm, x.dtype)
         rows = torch.arange(len(ids), device=ids.device)
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(Layer.step, x, rope, cache, (rows, positions), padding)
+            x = layer(Layer.step, x, rope, cache, (rows, places), padding)
         hidden: Tensor = self.transformer.norm(x)
         return hidden[:, 0]
 
@@ -398,9 +425,7 @@ class BagelNetwork(nn.Module):
         """v = noise - data, float32 [R, N, token], for x_t [R, N, token] and t [R], each over row
         ``owner`` [R] of the text caches (None: over its own row), whose blocks stand at
         ``position`` [C]. ``frozen`` cuts the gradient to UND's weights and embeddings."""
-        table = self.latent_pos_embed.pos_embed[table_rows]
-        latents = self.vae2llm(x_t.to(self.vae2llm.weight.dtype))
-        latents = latents + self.time_embedder(t)[:, None] + table
+        latents = self.embed_latents(x_t, t, table_rows)
         boundary = self.embed(boundary_ids)
         if frozen:
             boundary = boundary.detach()

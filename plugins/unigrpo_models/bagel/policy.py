@@ -6,30 +6,38 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from unigrpo_core.errors import UserError
-from unigrpo_core.interfaces import History, ImageFlowPolicy, TextPolicy
+from unigrpo_core.interfaces import History, ImageFlowPolicy, ImageReader, TextPolicy
 from unigrpo_core.keys import Key, uniforms
 from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Sampling, TextSegment
 from unigrpo_models.adapters import CONFIG as ADAPTERS
 from unigrpo_models.adapters import Adapters, Lora
+from unigrpo_models.bagel.autoencoder import Autoencoder, read_autoencoder
 from unigrpo_models.bagel.checkpoint import WEIGHTS, read_weights, write_checkpoint
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.decoding import decode_texts
 from unigrpo_models.bagel.history import BagelHistory, empty_history
 from unigrpo_models.bagel.latents import latent_shape, unpatchify
-from unigrpo_models.bagel.network import BagelNetwork, Layer
+from unigrpo_models.bagel.looking import LookAt, look_at
+from unigrpo_models.bagel.network import BagelNetwork, Before, Layer
 from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
-from unigrpo_models.bagel.tokens import Codec, pad
+from unigrpo_models.bagel.tokens import Codec, empty_slots, pad
 from unigrpo_models.compiled import compile_units
 from unigrpo_models.weights import WeightSets
 
+FROZEN = ("_pos_embed", "vit_model.", "connector.")
+"""What no expert owns: the position tables, and what only reads images."""
 
-class BagelPolicy(TextPolicy, ImageFlowPolicy):
+TextBranch = Literal["system", "empty"]
+
+
+class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
     """See :mod:`unigrpo_models.bagel.network` for the architecture and the shapes.
 
     The text expert owns the understanding weights, the embeddings and the head; the image expert
@@ -42,18 +50,22 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         codec: Codec,
         folder: Path,
         place: Placement,
+        *,
         lora: Lora | None = None,
+        autoencoder: Autoencoder | None = None,
+        look: LookAt = "vae_vit",
     ) -> None:
         self.network = network
         self.codec = codec
         self.folder = folder
         self.place = place
+        self.autoencoder = autoencoder
+        self.look_mode = look
         network.checkpointing = place.checkpointing
         if place.compile:
             compile_units(network.layers[:-1])  # the last has passes of its own
-        adapted = (
-            {} if lora is None else {e: t for e, t in lora.targets.items() if e in place.train}
-        )
+        targets = {} if lora is None else lora.targets
+        adapted = {expert: names for expert, names in targets.items() if expert in place.train}
         self._whole = place.train - adapted.keys()  # the experts that are trained without adapters
         self._adapters = None
         if lora is not None and adapted:
@@ -135,34 +147,91 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
 
     @torch.no_grad()
     def open(self, prompts: Sequence[Prompt]) -> BagelHistory:
-        return self._read([self.codec.context(prompt) for prompt in prompts])
+        told = [self.codec.context(prompt) for prompt in prompts]
+        return self._read(told, told, [len(self.codec.system)] * len(told))
 
-    def _read(self, rows: Sequence[Sequence[int]]) -> BagelHistory:
+    @torch.no_grad()
+    def start(self, rows: int) -> BagelHistory:
+        system = self.codec.system
+        return self._read([system] * rows, [system] * rows, [0] * rows)
+
+    @torch.no_grad()
+    def tell(self, history: History, prompts: Sequence[Prompt]) -> BagelHistory:
+        assert isinstance(history, BagelHistory)
+        said = [self.codec.wrap(prompt.text) for prompt in prompts]
+        for prompt, length, row in zip(prompts, history.lengths, said, strict=True):
+            if length + len(row) >= self.codec.max_length:
+                raise UserError(
+                    f"prompt {prompt.id!r} makes a context of {length + len(row)} tokens; the "
+                    f"model's ends at {self.codec.max_length}: {prompt.text[:80]!r}"
+                )
+        told = tuple((*a, *b) for a, b in zip(history.told, said, strict=True))
+        return replace(self._continued(history, said), told=told, free=history.positions)
+
+    @torch.no_grad()
+    def look(self, history: History, images: Tensor, keys: Sequence[Key]) -> BagelHistory:
+        assert isinstance(history, BagelHistory)
+        seen = (self.network, self.codec, self.autoencoder, history, images, keys)
+        with self._autocast():
+            return look_at(*seen, self.look_mode)
+
+    def _read(
+        self, rows: Sequence[Sequence[int]], told: Sequence[Sequence[int]], free: Sequence[int]
+    ) -> BagelHistory:
         """The history of texts, in one causal pass."""
+        if not any(rows):
+            return empty_history(self.network.config.llm, len(rows), self.place.device)
         with self._autocast():
             _, caches = self.network.text(
                 pad(rows, self.codec.eos, self.place.device), want_hidden=False
             )
-        return BagelHistory(tuple(caches), tuple(tuple(row) for row in rows))
+        ids, told = (tuple(tuple(row) for row in each) for each in (rows, told))
+        return BagelHistory(tuple(caches), ids, told, tuple(free))
+
+    def _continued(self, history: BagelHistory, texts: Sequence[Sequence[int]]) -> BagelHistory:
+        """The history with a text appended to each row: all in one pass where there is only text,
+        as the trainer will read it; else in one over what is there."""
+        if not history.has_images:
+            whole = [[*a, *b] for a, b in zip(history.texts, texts, strict=True)]
+            return self._read(whole, history.told, history.free)
+        device, width = self.place.device, history.caches[0][0].shape[2]
+        before = Before(
+            list(history.caches),
+            torch.tensor(history.positions, device=device),
+            empty_slots(history.lengths, width).to(device),
+        )
+        with self._autocast():
+            _, caches = self.network.text(
+                pad(texts, self.codec.eos, device), before, want_hidden=False
+            )
+        return history.appended([(k[:, :, width:], v[:, :, width:]) for k, v in caches], texts)
 
     @torch.no_grad()
     def branches(self, history: History, names: Sequence[str]) -> Mapping[str, BagelHistory]:
-        return {name: self._unconditional(name, len(history)) for name in names}
+        assert isinstance(history, BagelHistory)
+        return {name: self._unconditional(name, history) for name in names}
 
-    def _unconditional(self, name: str, rows: int) -> BagelHistory:
+    def _unconditional(self, name: str, history: BagelHistory) -> BagelHistory:
+        """Branch "text": what stands before the last prompt, or up to the last image if that came
+        later; "image": system prompt and prompts, without thoughts and images."""
+        if name == "image":
+            return self._read(history.told, history.told, history.free)
         if name != "text":
-            raise UserError(f'bagel has no unconditional context {name!r}; it has "text"')
-        if not self.codec.system:
-            return empty_history(self.network.config.llm, rows, self.place.device)
-        return self._read([self.codec.system] * rows)
+            raise UserError(
+                f'bagel has no unconditional context {name!r}; it has "text" and "image"'
+            )
+        if self.codec.blank:
+            return empty_history(self.network.config.llm, len(history), self.place.device)
+        before = history.filled(history.unprompted)
+        return before if before.has_images else self._read(before.texts, before.texts, before.free)
 
     @torch.no_grad()
     def append(self, history: History, written: TextSegment) -> BagelHistory:
         assert isinstance(history, BagelHistory)
         thoughts = self.codec.thoughts(written.tokens.tolist(), written.mask.tolist())
-        for row, length in zip(history.ids, written.mask.sum(1).tolist(), strict=True):
-            self._room(len(row), length)
-        return self._read([[*a, *b] for a, b in zip(history.ids, thoughts, strict=True)])
+        for slots, length in zip(history.lengths, written.mask.sum(1).tolist(), strict=True):
+            self._room(slots, length)
+        return self._continued(history, thoughts)
 
     @torch.no_grad()
     def write(
@@ -182,7 +251,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         # In float32 the keys and values of single steps are those of one pass, up to rounding. In
         # a coarser type that rounding is felt, so the image gets what the trainer will compute.
         exact = self.place.compute == torch.float32
-        return segment, grown.filled(ids) if exact else self._read(ids)
+        return segment, grown.filled(ids) if exact else self._continued(history, thoughts)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         return latent_shape(self.network.config.latent, size)
@@ -206,11 +275,14 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
                 list(history.caches),
                 list(history.lengths),
                 owner=history.equals,
+                positions=history.positions,
             )
 
     @torch.no_grad()
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        return (unpatchify(self.network.config.latent, latents) * 0.5 + 0.5).clamp(0, 1)
+        grid = unpatchify(self.network.config.latent, latents)
+        image = grid if self.autoencoder is None else self.autoencoder.decode(grid)
+        return (image * 0.5 + 0.5).clamp(0, 1)
 
     def _autocast(self) -> torch.autocast:
         compute = self.place.compute
@@ -218,15 +290,21 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
 
 
 def expert_of(name: str) -> str | None:
-    """The expert that owns a parameter or a module, by its path; None for the fixed tables."""
-    if "_pos_embed" in name:
+    """The expert that owns a parameter or a module, by its path; None for what no one trains."""
+    if any(part in name for part in FROZEN):
         return None
     image = ("_moe_gen", "time_embedder", "vae2llm", "llm2vae")
     return "image" if any(part in name for part in image) else "text"
 
 
 def load_bagel(
-    folder: Path, system_prompt: str, place: Placement, lora: Lora | None = None
+    folder: Path,
+    system_prompt: str,
+    place: Placement,
+    *,
+    lora: Lora | None = None,
+    text_branch: TextBranch = "system",
+    look: LookAt = "vae_vit",
 ) -> BagelPolicy:
     """The policy of a checkpoint folder, whole or with adapters.
 
@@ -235,14 +313,14 @@ def load_bagel(
             or misshapen.
     """
     config = BagelConfig.read(folder)
-    if config.latent.space != "pixels":
-        raise UserError(
-            f"{folder}: images in the latents of the {config.latent.space} autoencoder are not "
-            "supported yet, only pixels are"
-        )
-    llm = config.llm
-    codec = Codec.read(folder, llm.vocab_size, llm.max_position_embeddings, system_prompt)
+    llm, blank = config.llm, text_branch == "empty"
+    codec = Codec.read(
+        folder, llm.vocab_size, llm.max_position_embeddings, system_prompt, blank=blank
+    )
+    autoencoder = None
+    if config.latent.space == "flux":
+        autoencoder = read_autoencoder(folder, config.latent.channels, place.device)
     with torch.device("meta"):
         network = BagelNetwork(config)
     network.load_state_dict(read_weights(folder, network, place.device), assign=True)
-    return BagelPolicy(network, codec, folder, place, lora)
+    return BagelPolicy(network, codec, folder, place, lora=lora, autoencoder=autoencoder, look=look)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Field, Options, Placement, Provider
@@ -40,6 +40,16 @@ class BagelOptions(Options):
         description="layers of the image expert with adapters (the suffix _moe_gen may be left "
         "out); none: it is trained whole",
     )
+    text_branch: Literal["system", "empty"] = Field(
+        "system",
+        description='what guidance\'s branch "text" stands on: what comes before the prompt, which '
+        "is the system prompt, as BAGEL's inferencer does, or nothing, as its WISE script does",
+    )
+    look: Literal["vae_vit", "vit"] = Field(
+        "vae_vit",
+        description="what is read of an image that is looked at: latents and ViT, as for editing, "
+        "or the ViT alone, as for understanding",
+    )
 
 
 def build(options: BagelOptions, place: Placement) -> BagelPolicy:
@@ -51,7 +61,14 @@ def build(options: BagelOptions, place: Placement) -> BagelPolicy:
         asked = {"text": options.lora_text, "image": options.lora_image}
         targets = {expert: names for expert, names in asked.items() if names}
         lora = Lora(options.lora_rank, options.lora_alpha or 2 * options.lora_rank, targets)
-    return load_bagel(checkpoint_folder(options.checkpoint), options.system_prompt, place, lora)
+    return load_bagel(
+        checkpoint_folder(options.checkpoint),
+        options.system_prompt,
+        place,
+        lora=lora,
+        text_branch=options.text_branch,
+        look=options.look,
+    )
 
 
 def notes(options: BagelOptions) -> Sequence[str]:
@@ -69,6 +86,6 @@ PROVIDER = Provider(
     options=BagelOptions,
     summary="BAGEL, a mixture of two transformers that writes and draws",
     cite="Deng et al. 2025, arXiv 2505.14683",
-    provides=("text", "image", "branch:text"),
+    provides=("text", "image", "branch:text", "branch:image"),
     notes=notes,
 )

@@ -123,15 +123,20 @@ class ReplayRoot(nn.Module):
         return v.view(batch.x_t.shape)
 
     def _branch(self, batch: ReplayBatch, name: str) -> Tensor:
-        """Velocities over the unconditional context: the system prompt alone."""
-        assert name == "text", name
-        system, rows = self.codec.system, len(batch.prompts)
-        if system:
-            texts = self._read([(system, ())], want_states=False)
+        """Velocities over an unconditional context: "text", what stands before the prompt; "image",
+        system prompt and prompt without the thought."""
+        if name == "image":
+            contexts = [tuple(self.codec.context(prompt)) for prompt in batch.prompts]
+        else:
+            assert name == "text", name
+            contexts = [self.codec.unconditional] * len(batch.prompts)
+        rows = list(dict.fromkeys(contexts))
+        if any(rows):
+            texts = self._read([(row, ()) for row in rows], want_states=False)
         else:
             nothing = empty_history(self.network.config.llm, 1, self.device)
             texts = _Texts(None, [0], list(nothing.caches), [0], empty_slots([0], 0))
-        return self._velocities(batch, texts, [0] * rows)
+        return self._velocities(batch, texts, index_of(contexts))
 
 
 def image_velocity(
@@ -144,6 +149,7 @@ def image_velocity(
     hidden: Tensor | None = None,
     owner: Sequence[int] | None = None,
     *,
+    positions: Sequence[int] | None = None,
     frozen: bool = False,
 ) -> Tensor:
     """Velocities [R, h, w, token] over texts, given by their caches and lengths: what the sampler
@@ -153,6 +159,8 @@ def image_velocity(
         hidden: bool [C, L], the slots of the caches that hold nothing; by default those from each
             text's length on.
         owner: the text of each image; by default image r has text r.
+        positions: where the image blocks of each text stand; by default at its length, which is
+            right unless there are images in it.
     """
     device, (height, width) = x_t.device, x_t.shape[1:3]
     if hidden is None:
@@ -168,7 +176,7 @@ def image_velocity(
         t,
         network.table_rows(height, width),
         torch.tensor([[codec.image_start, codec.image_end]], device=device),
-        torch.tensor(lengths, device=device),
+        torch.tensor(lengths if positions is None else positions, device=device),
         caches,
         padding_mask(hidden if rows is None else hidden[rows], height * width + 2, device),
         None if rows is None else torch.tensor(rows, device=device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,18 @@ class Codec:
     eos: int
     image_start: int
     image_end: int
+    blank: bool = False  # the branch "text" is nothing at all, not even the system prompt
 
     @classmethod
-    def read(cls, folder: Path, vocab_size: int, max_length: int, system_prompt: str) -> Codec:
+    def read(
+        cls,
+        folder: Path,
+        vocab_size: int,
+        max_length: int,
+        system_prompt: str,
+        *,
+        blank: bool = False,
+    ) -> Codec:
         """The codec of a checkpoint folder.
 
         Raises:
@@ -51,10 +60,10 @@ class Codec:
         if missing:
             raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}")
         special = {name: vocab[word] for name, word in SPECIAL.items()}
-        codec = cls(tokenizer, vocab_size, max_length, (), **special)
+        codec = cls(tokenizer, vocab_size, max_length, (), **special, blank=blank)
         if not system_prompt:
             return codec
-        return cls(tokenizer, vocab_size, max_length, tuple(codec.wrap(system_prompt)), **special)
+        return replace(codec, system=tuple(codec.wrap(system_prompt)))
 
     def wrap(self, text: str) -> list[int]:
         """``[bos] ids [eos]``.
@@ -72,6 +81,11 @@ class Codec:
                 f"its words are: {' '.join(sorted(known))}"
             )
         return [self.bos, *ids, self.eos]
+
+    @property
+    def unconditional(self) -> tuple[int, ...]:
+        """What the branch "text" says to a prompt alone."""
+        return () if self.blank else self.system
 
     def context(self, prompt: Prompt) -> list[int]:
         """System prompt and prompt.
