@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
 
 def policy(checkpoint, lora=None, train=BOTH):
     place = Placement(torch.device("cpu"), torch.float32, train)
-    return load_bagel(checkpoint, "", place, lora)
+    return load_bagel(checkpoint, "", place, lora=lora)
 
 
 def trained(policy, expert):
