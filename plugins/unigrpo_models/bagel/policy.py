@@ -14,7 +14,12 @@ from unigrpo_core.interfaces import History, ImageFlowPolicy, TextPolicy
 from unigrpo_core.keys import Key, uniforms
 from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Sampling, TextSegment
-from unigrpo_models.bagel.checkpoint import read_weights, write_checkpoint
+from unigrpo_models.bagel.checkpoint import (
+    open_weights,
+    overwrite_weights,
+    read_weights,
+    write_checkpoint,
+)
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.decoding import decode_texts
 from unigrpo_models.bagel.history import BagelHistory, empty_history
@@ -22,6 +27,7 @@ from unigrpo_models.bagel.latents import latent_shape, unpatchify
 from unigrpo_models.bagel.network import BagelNetwork, Layer
 from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
 from unigrpo_models.bagel.tokens import Codec, pad
+from unigrpo_models.stored import Stored
 from unigrpo_models.weights import WeightSets
 
 
@@ -37,6 +43,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         self.codec = codec
         self.folder = folder
         self.place = place
+        self.stored: Stored | None = None  # what the weights were loaded from
         self._root = ReplayRoot(network, codec, place.compute)
         experts = self.parameters()
         for expert, owned in experts.items():
@@ -68,10 +75,15 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy):
         return (Layer,)
 
     def save(self, folder: Path) -> None:
-        write_checkpoint(self.network, self.folder, folder)
+        state: Mapping[str, Tensor] = self.network.state_dict()
+        if self.stored is not None:  # it has what was not trained, in its own type
+            state = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        write_checkpoint(folder, state, self.stored, self.folder)
 
     def load(self, folder: Path) -> None:
-        self.network.load_state_dict(read_weights(folder, self.network, self.place.device))
+        stored = open_weights(folder, self.network)
+        overwrite_weights(stored, self.network)
+        self.stored = stored
 
     # --- sampling -----------------------------------------------------------------------------
 
@@ -186,7 +198,7 @@ def load_bagel(folder: Path, system_prompt: str, place: Placement) -> BagelPolic
 
     Raises:
         UserError: the folder is no checkpoint of this layout, or a tensor is missing, unexpected
-            or misshapen.
+            or misshapen. All of it is known before any weight is read.
     """
     config = BagelConfig.read(folder)
     if config.latent.space != "pixels":
@@ -198,5 +210,13 @@ def load_bagel(folder: Path, system_prompt: str, place: Placement) -> BagelPolic
     codec = Codec.read(folder, llm.vocab_size, llm.max_position_embeddings, system_prompt)
     with torch.device("meta"):
         network = BagelNetwork(config)
-    network.load_state_dict(read_weights(folder, network, place.device), assign=True)
-    return BagelPolicy(network, codec, folder, place)
+    stored = open_weights(folder, network)
+
+    def dtype_of(name: str) -> torch.dtype:
+        trained = ("image" if _is_image(name) else "text") in place.train
+        return torch.float32 if trained or "_pos_embed" in name else place.compute
+
+    network.load_state_dict(read_weights(stored, network, place.device, dtype_of), assign=True)
+    policy = BagelPolicy(network, codec, folder, place)
+    policy.stored = stored
+    return policy
