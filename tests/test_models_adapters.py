@@ -93,11 +93,11 @@ def test_fresh_adapters_change_nothing_and_off_is_the_base(checkpoint):
     ids = torch.tensor([[3, 5, 7, 9]])
     base = plain.network.text(ids)[0]
     assert torch.equal(adapted.network.text(ids)[0], base)
-    assert adapted._adapters.fresh
+    assert adapted._weights._adapters.fresh
     randomise(adapted)
-    assert not adapted._adapters.fresh
+    assert not adapted._weights._adapters.fresh
     assert not torch.allclose(adapted.network.text(ids)[0], base)
-    with adapted._adapters.off():
+    with adapted._weights._adapters.off():
         assert torch.equal(adapted.network.text(ids)[0], base)
     assert all(".lora_" in name for name in trained(adapted, "text"))
 
@@ -108,7 +108,7 @@ def test_adapters_compute_what_they_say(checkpoint):
     randomise(adapted)
     merged = policy(checkpoint)
     with torch.no_grad():
-        for name in adapted._adapters.layers:
+        for name in adapted._weights._adapters.layers:
             layer = adapted.network.get_submodule(name)
             product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             merged.network.get_submodule(name).weight += 6 / 2 * product
@@ -163,7 +163,7 @@ def test_the_reference_of_adapters_costs_no_copy_and_gives_the_base(checkpoint):
     with built.weights("reference"):
         assert torch.equal(built.network.text(ids)[0], plain.network.text(ids)[0])
     assert torch.equal(built.network.text(ids)[0], moved)
-    assert not built._sets._kept
+    assert not built._weights._sets._kept
     built.keep("reference")  # adapters that have learned something are kept themselves
     with torch.no_grad():
         for name, parameter in built.network.named_parameters():

@@ -3,79 +3,135 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unigrpo_core.errors import UserError
-from unigrpo_models.adapters import WEIGHTS as ADAPTERS
 from unigrpo_models.bagel.config import BagelConfig
+from unigrpo_models.bagel.layout import COMPANIONS, EYES, WEIGHTS
 from unigrpo_models.bagel.network import BagelNetwork
+from unigrpo_models.stored import Stored, write_header
 
-WEIGHTS = "ema.safetensors"
-COMPANIONS = (
-    *("llm_config.json", "vit_config.json", "config.json", "generation_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
-
-
-def write_checkpoint(network: BagelNetwork, source: Path, folder: Path) -> None:
-    """Writes the weights, and beside them what loading needs of the folder ``source``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: x.detach().cpu().contiguous() for name, x in network.published().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    if folder.resolve() == source.resolve():
-        return
-    for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
-def read_weights(folder: Path, network: BagelNetwork, device: torch.device) -> dict[str, Tensor]:
-    """The float32 weights in a folder, every one that the network has and no other.
+# --- reading ----------------------------------------------------------------------------------
+
+
+def open_weights(folder: Path, network: BagelNetwork) -> Stored:
+    """The weights of a folder, opened, with every tensor that the network has and no other. What
+    reads images may be there without the network having it. No data is read.
 
     Raises:
-        UserError: the file is missing or damaged, or a tensor is missing, unexpected or misshapen.
+        UserError: the file is missing or damaged, or a tensor is missing, unexpected, misshapen or
+            of whole numbers.
     """
-    path = folder / WEIGHTS
-    try:
-        state = load_file(path, device=str(device))
-    except FileNotFoundError as error:
-        adapters = (folder / ADAPTERS).exists()
-        raise UserError(
-            f"{folder} holds adapters, not whole weights: set policy.lora_rank, lora_text and "
-            "lora_image as its run had them"
-            if adapters
-            else f"{folder} has no {WEIGHTS}"
-        ) from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    _check(path, network, state)
-    return {name: x.float() for name, x in state.items()}
-
-
-def _check(path: Path, network: BagelNetwork, state: Mapping[str, Tensor]) -> None:
+    stored = Stored(folder / WEIGHTS)
     wanted = {name: tuple(x.shape) for name, x in network.published().items()}
-    found = {name: tuple(x.shape) for name, x in state.items()}
+    found = stored.entries
     problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]
     problems += [
-        f"{name} is {found[name]}, expected {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name]
+        f"unexpected {name}"
+        for name in sorted(found.keys() - wanted.keys())
+        if not name.startswith(EYES)
     ]
+    for name in sorted(wanted.keys() & found.keys()):
+        if found[name].shape != wanted[name]:
+            problems.append(f"{name} is {found[name].shape}, expected {wanted[name]}")
+        elif found[name].dtype not in TYPES:
+            problems.append(f"{name} is of type {found[name].dtype}, expected {' or '.join(TYPES)}")
     if problems:
         listed = "\n  ".join(problems[:8])
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(f"{path} does not fit its llm_config.json:\n  {listed}{more}")
+        raise UserError(f"{stored.path} does not fit its llm_config.json:\n  {listed}{more}")
+    return stored
+
+
+def read_tensor(stored: Stored, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One tensor. Where the CPU takes the file's own type nothing is copied; elsewhere the host
+    holds this one tensor for as long as the copy takes."""
+    entry = stored.entries[name]
+    read = torch.empty(entry.shape, dtype=TYPES[entry.dtype])
+    stored.read_into(name, read.view(-1).view(torch.uint8).numpy())
+    return read.to(device, dtype)
+
+
+def read_weights(
+    stored: Stored,
+    network: BagelNetwork,
+    device: torch.device,
+    dtype_of: Callable[[str], torch.dtype],
+) -> dict[str, Tensor]:
+    """What the network has of the weights, straight to their device and type."""
+    return {name: read_tensor(stored, name, device, dtype_of(name)) for name in network.published()}
+
+
+def overwrite_weights(stored: Stored, network: BagelNetwork) -> None:
+    """Takes the weights over in place, so that there are never two of them."""
+    with torch.no_grad():
+        for name, x in network.published().items():
+            x.copy_(read_tensor(stored, name, x.device, x.dtype))
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    folder: Path, state: Mapping[str, Tensor], stored: Stored | None, source: Path
+) -> None:
+    """Writes a checkpoint folder: the tensors of ``state`` in their own types, which for trained
+    ones is float32 (a step of a small learning rate is lost in a coarser one); every other tensor
+    of ``stored`` byte for byte; and beside them what else the folder ``source`` has of the layout.
+    All files are written under other names first: if the disk is full, what was there stays.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    made: list[tuple[Path, Path]] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in () if folder.resolve() == source.resolve() else COMPANIONS:
+            if (source / name).exists():
+                made.append((_beside(folder / name), folder / name))
+                shutil.copyfile(source / name, made[-1][0])
+        made.append((_beside(folder / WEIGHTS), folder / WEIGHTS))
+        with made[-1][0].open("wb") as out:
+            _write_weights(out, state, stored)
+            out.flush()
+            os.fsync(out.fileno())
+        for partial, final in made:
+            partial.replace(final)
+    finally:
+        for partial, _ in made:
+            partial.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".partial-{path.name}")
+
+
+def _write_weights(out: BinaryIO, state: Mapping[str, Tensor], stored: Stored | None) -> None:
+    kept = {} if stored is None else stored.entries
+    described = {name: (entry.dtype, entry.shape) for name, entry in kept.items()}
+    described |= {name: (NAMES[x.dtype], tuple(x.shape)) for name, x in state.items()}
+    for name in write_header(out, described):
+        if name in state:
+            x = state[name].detach().cpu().contiguous()
+            out.write(x.view(-1).view(torch.uint8).numpy().data)
+        elif stored is not None:
+            out.writelines(stored.chunks(name))
 
 
 def write_config(folder: Path, config: BagelConfig) -> None:

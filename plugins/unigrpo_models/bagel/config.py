@@ -1,18 +1,27 @@
 """The sizes of a BAGEL model, read from its folder.
 
-``llm_config.json`` has the Qwen2 fields. What the official loader hard-codes (qk-norm, untied
-head, latent patch 2, table of 64 x 64, FLUX autoencoder) are the defaults of ``Latent``; a folder
-whose ``config.json`` has a table "latent" says otherwise, as the embedded model's does.
+``llm_config.json`` has the Qwen2 fields. What the official loader hard-codes is not read from the
+files here either: ``qk_norm``, ``tie_word_embeddings`` and ``layer_module`` are ignored (there is
+qk-norm, an untied head, and the mixture of transformers), and latent patch 2 and the FLUX
+autoencoder are the defaults of ``Latent``. The side of the position table, hard-coded as 64 there,
+is that of the stored table. A folder whose ``config.json`` has a table "latent" says otherwise, as
+the embedded model's does. A field that asks for what is not built here is refused.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unigrpo_core.errors import UserError
+from unigrpo_models.bagel.layout import WEIGHTS, inventory
+from unigrpo_models.stored import Stored
+
+TABLE = "latent_pos_embed.pos_embed"
 
 
 class LanguageConfig(BaseModel):
@@ -104,7 +113,7 @@ class BagelConfig(BaseModel):
             vit = VitConfig.model_validate_json(eye.read_text()) if eye.exists() else None
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder} is no BAGEL checkpoint: it has no llm_config.json"
+                f"{folder} is no BAGEL checkpoint: it has no llm_config.json; {inventory(folder)}"
             ) from error
         except ValidationError as error:
             problems = "; ".join(
@@ -114,7 +123,52 @@ class BagelConfig(BaseModel):
             raise UserError(f"{folder} is no BAGEL checkpoint: {problems}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{folder} is no BAGEL checkpoint: {error}") from error
-        return cls(llm=llm, latent=extra.latent, vit=vit)
+        if problems := "; ".join(_unsupported(llm)):
+            raise UserError(f"{folder / 'llm_config.json'} asks for what is not built: {problems}")
+        latent = extra.latent
+        if "max_size" not in latent.model_fields_set:
+            latent = latent.model_copy(update={"max_size": _table_side(folder, latent.max_size)})
+        return cls(llm=llm, latent=latent, vit=vit)
+
+
+ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0,),
+    "rope_scaling": (None,),
+    "rope_parameters": (None,),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+    "interpolate_pos": (False,),
+}
+"""Fields of ``llm_config.json`` with the values that can be computed; absent is one of them."""
+
+
+def _unsupported(llm: LanguageConfig) -> Iterator[str]:
+    """What cannot be computed, each with its field's name."""
+    for name, values in ONLY.items():
+        got = (llm.model_extra or {}).get(name, values[0])
+        if got not in values:
+            yield f"{name} is {got!r}, only {values[0]!r} is"
+    width, heads, kv = llm.hidden_size, llm.num_attention_heads, llm.num_key_value_heads
+    if width % (2 * heads):
+        yield f"hidden_size {width} is not an even multiple of num_attention_heads {heads}"
+    if width % 4:
+        yield f"hidden_size {width} is not a multiple of 4, as the position table needs"
+    if heads % kv:
+        yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}"
+    stated = (llm.model_extra or {}).get("head_dim", llm.head_dim)
+    if stated != llm.head_dim:
+        yield f"head_dim is {stated!r}, only hidden_size / num_attention_heads is"
+
+
+def _table_side(folder: Path, default: int) -> int:
+    """S of the stored table [S * S, D]; the default where there are no weights yet."""
+    if not (folder / WEIGHTS).exists():
+        return default
+    stored = Stored(folder / WEIGHTS)
+    stored.close()
+    table = stored.entries.get(TABLE)
+    return math.isqrt(table.shape[0]) if table and table.shape and table.shape[0] else default
 
 
 class _Extra(BaseModel):

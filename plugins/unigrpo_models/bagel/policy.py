@@ -16,10 +16,9 @@ from unigrpo_core.interfaces import History, ImageFlowPolicy, ImageReader, TextP
 from unigrpo_core.keys import Key, uniforms
 from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Sampling, TextSegment
-from unigrpo_models.adapters import CONFIG as ADAPTERS
-from unigrpo_models.adapters import Adapters, Lora
+from unigrpo_models.adapters import Lora
 from unigrpo_models.bagel.autoencoder import Autoencoder, read_autoencoder
-from unigrpo_models.bagel.checkpoint import WEIGHTS, read_weights, write_checkpoint
+from unigrpo_models.bagel.checkpoint import open_weights, read_weights
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.decoding import decode_texts
 from unigrpo_models.bagel.history import BagelHistory, empty_history
@@ -28,11 +27,9 @@ from unigrpo_models.bagel.looking import LookAt, look_at
 from unigrpo_models.bagel.network import BagelNetwork, Before, Layer
 from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
 from unigrpo_models.bagel.tokens import Codec, empty_slots, pad
+from unigrpo_models.bagel.trained import TrainedWeights, type_of
 from unigrpo_models.compiled import compile_units
-from unigrpo_models.weights import WeightSets
-
-FROZEN = ("_pos_embed", "vit_model.", "connector.")
-"""What no expert owns: the position tables, and what only reads images."""
+from unigrpo_models.stored import Stored
 
 TextBranch = Literal["system", "empty"]
 
@@ -51,6 +48,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
         folder: Path,
         place: Placement,
         *,
+        stored: Stored | None = None,
         lora: Lora | None = None,
         autoencoder: Autoencoder | None = None,
         look: LookAt = "vae_vit",
@@ -64,21 +62,8 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
         network.checkpointing = place.checkpointing
         if place.compile:
             compile_units(network.layers[:-1])  # the last has passes of its own
-        targets = {} if lora is None else lora.targets
-        adapted = {expert: names for expert, names in targets.items() if expert in place.train}
-        self._whole = place.train - adapted.keys()  # the experts that are trained without adapters
-        self._adapters = None
-        if lora is not None and adapted:
-            self._adapters = Adapters.of(network, replace(lora, targets=adapted), expert_of)
+        self._weights = TrainedWeights(network, stored, folder, place, lora)
         self._root = ReplayRoot(network, codec, place.compute)
-        for expert, owned in self.parameters().items():
-            for name, parameter in owned.items():
-                parameter.requires_grad_(
-                    expert in self._whole or (expert in adapted and ".lora_" in name)
-                )
-        trained = {name: p for name, p in self._root.named_parameters() if p.requires_grad}
-        self._sets = WeightSets(trained, host=place.reference == "host")
-        self._bare: set[str] = set()  # what was kept while the adapters changed nothing
         self._allowed = codec.allowed(place.device)
 
     @property
@@ -86,46 +71,22 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
         return self._root
 
     def parameters(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
-        experts: dict[str, dict[str, nn.Parameter]] = {"text": {}, "image": {}}
-        for name, parameter in self._root.named_parameters():
-            expert = expert_of(name)
-            if expert is not None:
-                experts[expert][name] = parameter
-        return experts
+        return self._weights.parameters(self._root)
 
     def keep(self, name: str) -> None:
-        if self._adapters is not None and not self._whole and self._adapters.fresh:
-            self._bare.add(name)
-        else:
-            self._bare.discard(name)
-            self._sets.keep(name)
+        self._weights.keep(name)
 
     def weights(self, name: str) -> AbstractContextManager[None]:
-        if self._adapters is not None and name in self._bare:
-            return self._adapters.off()
-        return self._sets.use(name)
+        return self._weights.use(name)
 
     def wrap_units(self) -> tuple[type[nn.Module], ...]:
         return (Layer,)
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._adapters is not None:
-            self._adapters.save(folder, str(self.folder))
-        if self._adapters is None or self._whole:
-            write_checkpoint(self.network, self.folder, folder)
+        self._weights.save(folder)
 
     def load(self, folder: Path) -> None:
-        if self._adapters is not None:
-            self._adapters.load(folder)
-        elif not self.place.train and (folder / ADAPTERS).exists():  # to sample with
-            self._adapters = Adapters.saved(self.network, folder)
-            self.network.requires_grad_(False)
-        if self._adapters is None or (folder / WEIGHTS).exists():
-            state = read_weights(folder, self.network, self.place.device)
-            with torch.no_grad():
-                for name, weight in self.network.published().items():
-                    weight.copy_(state[name])
+        self._weights.load(folder)
 
     # --- sampling -----------------------------------------------------------------------------
 
@@ -289,14 +250,6 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
         return torch.autocast(self.place.device.type, compute, enabled=compute != torch.float32)
 
 
-def expert_of(name: str) -> str | None:
-    """The expert that owns a parameter or a module, by its path; None for what no one trains."""
-    if any(part in name for part in FROZEN):
-        return None
-    image = ("_moe_gen", "time_embedder", "vae2llm", "llm2vae")
-    return "image" if any(part in name for part in image) else "text"
-
-
 def load_bagel(
     folder: Path,
     system_prompt: str,
@@ -310,7 +263,7 @@ def load_bagel(
 
     Raises:
         UserError: the folder is no checkpoint of this layout, or a tensor is missing, unexpected
-            or misshapen.
+            or misshapen. All of it is known before any weight is read.
     """
     config = BagelConfig.read(folder)
     llm, blank = config.llm, text_branch == "empty"
@@ -322,5 +275,16 @@ def load_bagel(
         autoencoder = read_autoencoder(folder, config.latent.channels, place.device)
     with torch.device("meta"):
         network = BagelNetwork(config)
-    network.load_state_dict(read_weights(folder, network, place.device), assign=True)
-    return BagelPolicy(network, codec, folder, place, lora=lora, autoencoder=autoencoder, look=look)
+    stored = open_weights(folder, network)
+    state = read_weights(stored, network, place.device, lambda name: type_of(name, place, lora))
+    network.load_state_dict(state, assign=True)
+    return BagelPolicy(
+        network,
+        codec,
+        folder,
+        place,
+        stored=stored,
+        lora=lora,
+        autoencoder=autoencoder,
+        look=look,
+    )

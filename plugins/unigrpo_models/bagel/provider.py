@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Field, Options, Placement, Provider
-from unigrpo_models.checkpoints import CheckpointPath, checkpoint_folder
+from unigrpo_models.bagel.layout import FILES, NEEDED, WEIGHTS
+from unigrpo_models.checkpoints import HubCheckpoint, fetched_folder, local_folder
 
 if TYPE_CHECKING:
     from unigrpo_models.bagel.policy import BagelPolicy
@@ -20,8 +21,10 @@ PROJECTIONS = (
 
 
 class BagelOptions(Options):
-    checkpoint: CheckpointPath = Field(
-        description="a folder in BAGEL's layout, or pkg:PACKAGE/FOLDER for one that a package ships"
+    checkpoint: HubCheckpoint = Field(
+        description="a folder in BAGEL's layout (a relative one counts from the recipe), "
+        "pkg:PACKAGE/FOLDER for one that a package ships, or OWNER/NAME or OWNER/NAME@REVISION on "
+        "the Hugging Face hub, if no such folder stands beside the recipe"
     )
     system_prompt: str = Field("", description="put before every prompt; empty: none")
     lora_rank: int = Field(
@@ -62,7 +65,7 @@ def build(options: BagelOptions, place: Placement) -> BagelPolicy:
         targets = {expert: names for expert, names in asked.items() if names}
         lora = Lora(options.lora_rank, options.lora_alpha or 2 * options.lora_rank, targets)
     return load_bagel(
-        checkpoint_folder(options.checkpoint),
+        fetched_folder(options.checkpoint, NEEDED, FILES),
         options.system_prompt,
         place,
         lora=lora,
@@ -72,12 +75,18 @@ def build(options: BagelOptions, place: Placement) -> BagelPolicy:
 
 
 def notes(options: BagelOptions) -> Sequence[str]:
+    from unigrpo_models.bagel.config import BagelConfig
+    from unigrpo_models.stored import Stored
+
     try:
-        folder = checkpoint_folder(options.checkpoint)
+        folder = local_folder(options.checkpoint, NEEDED)
+        BagelConfig.read(folder)
+        if (folder / WEIGHTS).exists():
+            Stored(folder / WEIGHTS).close()
+            return ()
     except UserError as error:
         return (str(error),)
-    weights = folder / "ema.safetensors"
-    return () if weights.exists() else (f"the weights are not there yet: {weights}",)
+    return (f"the weights are not there yet: {folder / WEIGHTS}",)
 
 
 PROVIDER = Provider(

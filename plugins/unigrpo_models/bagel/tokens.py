@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.records import Prompt
+from unigrpo_models.bagel.layout import TOKENIZER, inventory
 
 SPECIAL = {
     "bos": "<|im_start|>",
@@ -49,16 +50,28 @@ class Codec:
         """The codec of a checkpoint folder.
 
         Raises:
-            UserError: no tokenizer, or one without the special tokens.
+            UserError: no tokenizer, one without the special tokens, or one with more words than
+                the model has rows.
         """
+        if not any((folder / name).exists() for name in TOKENIZER):
+            raise UserError(f"{folder} has no tokenizer: {inventory(folder)}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the tokenizers library raises plain ones
             raise UserError(f"{folder} has no tokenizer that loads: {error}") from error
         vocab = tokenizer.get_vocab()
         missing = [word for word in SPECIAL.values() if word not in vocab]
         if missing:
-            raise UserError(f"the tokenizer in {folder} lacks {', '.join(missing)}")
+            raise UserError(
+                f"the tokenizer in {folder} lacks {', '.join(missing)}, which BAGEL's has: is it "
+                "another model's?"
+            )
+        top = max(vocab.values())
+        if top >= vocab_size:
+            raise UserError(
+                f"the tokenizer in {folder} has ids up to {top}, but vocab_size in its "
+                f"llm_config.json is {vocab_size}: they do not belong together"
+            )
         special = {name: vocab[word] for name, word in SPECIAL.items()}
         codec = cls(tokenizer, vocab_size, max_length, (), **special, blank=blank)
         if not system_prompt:

@@ -1,0 +1,37 @@
+"""The published layout: which files a BAGEL folder has, and which of them are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG = "llm_config.json"
+WEIGHTS = "ema.safetensors"
+AUTOENCODER = "ae.safetensors"
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+COMPANIONS = (
+    *(CONFIG, "vit_config.json", "config.json", "generation_config.json"),
+    *("preprocessor_config.json", *TOKENIZER, AUTOENCODER),
+)
+"""What stands beside the weights."""
+FILES = (*COMPANIONS, WEIGHTS)
+NEEDED = (CONFIG, WEIGHTS)
+"""Without these nothing can start."""
+MAIN = (CONFIG, "vit_config.json", WEIGHTS, AUTOENCODER, "tokenizer.json", "tokenizer_config.json")
+"""What a published folder has, for messages."""
+
+EYES = ("vit_model.", "connector.", "vit_pos_embed.")
+"""How the names of the tensors begin that are only for looking at images."""
+
+
+def inventory(folder: Path) -> str:
+    """For a message: what of the layout a folder has, and what it has not."""
+    there = [name for name in MAIN if (folder / name).exists()]
+    missing = [name for name in MAIN if name not in there]
+    return (
+        f"a BAGEL folder has {', '.join(MAIN)}; of these there "
+        f"{'is' if len(there) == 1 else 'are'} {', '.join(there) or 'none'}"
+        + (f"; missing: {', '.join(missing)}" if there and missing else "")
+    )
