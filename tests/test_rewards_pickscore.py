@@ -7,9 +7,10 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
+import tiny_clip
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,54 +19,14 @@ from unigrpo_rewards.clip_pixels import read_pixels
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.records import Prompt, RewardBatch
-from unigrpo_core.testing import RewardConformance
 
-PUBLISHED = {
-    "crop_size": {"height": 28, "width": 28},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_processor_type": "CLIPImageProcessor",
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "size": {"shortest_edge": 28},
-}  # as published but for the side, 224
 TEXTS = ("a red square", "two green circles", "", "fog " * 30)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with model, tokenizer and preprocessor_config.json; 16 tokens at most."""
-    from transformers import CLIPConfig, CLIPModel
-
     folder = tmp_path_factory.mktemp("tiny-clip")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>"]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(PUBLISHED))
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 4, "projection_dim": 24}
-    # Of the text's end token the published configuration says 2, and CLIP takes the highest id.
-    text = {"vocab_size": len(words), "max_position_embeddings": 16, "eos_token_id": 2}
-    config = CLIPConfig(
-        text_config=size | text | {"bos_token_id": 0, "pad_token_id": 1},
-        vision_config=size | {"image_size": 28, "patch_size": 14},
-        projection_dim=24,
-        logit_scale_init_value=4.6,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CLIPModel(config)
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                torch.nn.init.normal_(weight, std=0.2)
-    model.save_pretrained(folder)
+    tiny_clip.write(folder)
     return folder
 
 
@@ -138,7 +99,9 @@ def test_pixels_are_those_of_pil_but_for_ties(tiny: Path, size: tuple[int, int])
     got = read_pixels(tiny / "preprocessor_config.json")(images)
     assert got.dtype == torch.float32
     assert got.shape == expected.shape
-    steps = (got - expected).abs() * 255 * torch.tensor(PUBLISHED["image_std"])[:, None, None]
+    steps = (
+        (got - expected).abs() * 255 * torch.tensor(tiny_clip.PUBLISHED["image_std"])[:, None, None]
+    )
     assert steps.max() < 1.001
     assert (steps > 0.001).float().mean() < 0.02
 
@@ -186,24 +149,6 @@ def test_no_image_is_an_error(reward: pickscore.PickScore) -> None:
 
 def test_no_graph_unless_the_images_ask(reward: pickscore.PickScore) -> None:
     assert not reward.score(batch(noise(4, 3, 40, 40))).requires_grad
-
-
-class TestPickScore(RewardConformance):
-    use = "pickscore"
-
-    @pytest.fixture
-    def given(self, tiny: Path) -> dict[str, Any]:
-        return {"checkpoint": str(tiny), "processor": str(tiny), "device": "cpu"}
-
-
-class TestPickScoreInLowPrecision(RewardConformance):
-    use = "pickscore"
-    tolerance: ClassVar[float] = 2e-2
-
-    @pytest.fixture
-    def given(self, tiny: Path) -> dict[str, Any]:
-        where = {"checkpoint": str(tiny), "processor": str(tiny), "device": "cpu"}
-        return where | {"precision": "bf16", "batch_size": 3, "scale": 1.0}
 
 
 # --- where it comes from ----------------------------------------------------------------------

@@ -109,7 +109,7 @@ def _downloaded(option: str, hub_id: str, files: Files) -> Path:
         if gone:  # without network the client returns what its cache has
             raise FileNotFoundError(f"it, or its part in the cache, has no {', no '.join(gone)}")
     except Exception as error:  # the client's own errors, its HTTP library's, the disk's
-        said = (str(error).strip().splitlines() or [""])[0]
+        said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise UserError(
             f"{option}: {hub_id} is not in the hub's cache and cannot be downloaded: "
             f"{type(error).__name__}: {said}; look at the network and at the id, or download it "
