@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
+import tiny_clip
 from unigrpo_board.prompts import BoardPrompts
 
 from unigrpo_core.catalog import load_catalog
@@ -49,6 +50,30 @@ class TestBoardVerifier(RewardConformance):
 class TestBoardScorer(RewardConformance):
     use = "board_scorer"
     prompts = BOARD
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-clip")
+    tiny_clip.write(folder)
+    return str(folder)
+
+
+class TestPickScore(RewardConformance):
+    use = "pickscore"
+
+    @pytest.fixture
+    def given(self, clip_folder):
+        return {"checkpoint": clip_folder, "processor": clip_folder, "device": "cpu"}
+
+
+class TestPickScoreInLowPrecision(TestPickScore):
+    tolerance = 2e-2
+
+    @pytest.fixture
+    def given(self, clip_folder):
+        where = {"checkpoint": clip_folder, "processor": clip_folder, "device": "cpu"}
+        return where | {"precision": "bf16", "batch_size": 3, "scale": 1.0}
 
 
 class TestBoardPrompts(PromptSourceConformance):

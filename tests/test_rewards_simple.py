@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from pydantic import ValidationError
-from unigrpo_rewards import brightness, hooks, random_reward
+from unigrpo_rewards import brightness, random_reward
 
 from unigrpo_core.plugin import Options
 from unigrpo_core.records import Prompt, RewardBatch
@@ -52,7 +52,7 @@ def test_random_depends_on_the_key_only() -> None:
     assert random_reward.PROVIDER.reads == ()
 
 
-@pytest.mark.parametrize("provider", list(hooks.unigrpo_rewards()), ids=lambda item: item.name)
+@pytest.mark.parametrize("provider", [brightness.PROVIDER, random_reward.PROVIDER])
 def test_rewards_have_no_options(provider) -> None:
     with pytest.raises(ValidationError, match="scale"):
         provider.options.model_validate({"scale": 1.0})
@@ -63,8 +63,8 @@ import sys
 from unigrpo_rewards import hooks
 
 names = [provider.name for provider in (*hooks.unigrpo_rewards(), *hooks.unigrpo_prompts())]
-assert names == ["brightness", "random", "file"], names
-for provider in hooks.unigrpo_rewards():
+assert names == ["brightness", "random", "pickscore", "file"], names
+for provider in list(hooks.unigrpo_rewards())[:2]:
     built = provider.build(provider.options())
     assert (provider.range or built.range) == (0.0, 1.0) and provider.summary
 assert "torch" not in sys.modules

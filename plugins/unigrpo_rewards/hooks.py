@@ -1,17 +1,18 @@
-"""Rewards that need no model, and prompts from files; light until one is used."""
+"""Rewards by rule or by a learned judge, and prompts from files; light until one is used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from unigrpo_core.plugin import Provider, hookimpl
-from unigrpo_rewards import brightness, file_prompts, random_reward
+from unigrpo_rewards import brightness, file_prompts, pickscore, random_reward
 
 
 @hookimpl
 def unigrpo_rewards() -> Iterator[Provider]:
     yield brightness.PROVIDER
     yield random_reward.PROVIDER
+    yield pickscore.PROVIDER
 
 
 @hookimpl
