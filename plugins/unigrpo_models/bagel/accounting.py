@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from unigrpo_core.workload import Work
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig
 
 TIME_WIDTH = 256  # numbers of the sinusoid that the time embedder reads
@@ -27,26 +28,6 @@ the weight written (2)."""
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Checkpointing = Literal["none", "selective", "full"]
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations and bytes moved to and from the device's memory."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-    def __mul__(self, times: float) -> Work:
-        return Work(self.flops * times, self.bytes * times)
-
-    __rmul__ = __mul__
-
-    def seconds(self, peak_flops: float, bandwidth: float) -> float:
-        """The roofline's floor, with arithmetic and memory at their peaks (per second) at once."""
-        return max(self.flops / peak_flops, self.bytes / bandwidth)
 
 
 # --- sizes ------------------------------------------------------------------------------------
@@ -172,16 +153,25 @@ def activation_bytes(
     config: BagelConfig, tokens: int, itemsize: int = 2, mode: Checkpointing = "none"
 ) -> int:
     """Bytes that a forward pass keeps of the layers for its backward pass, for ``tokens`` tokens
-    of either expert: all that autograd saves, the outputs of matrix products and attention only,
-    or the layers' inputs."""
+    of either expert: with "none" all that autograd saves; with "selective" the layers' inputs, and
+    the outputs of matrix products and attention; with "full" the inputs; in these two also all of
+    the one layer that is being computed again. Weights that autocast has cast are not in it.
+
+    With an ``itemsize`` of 4 all is float32; with 2 what autocast computes in bfloat16 is, while
+    the sum that runs through the layers and the inputs of norms stay float32.
+    """
     llm = config.llm
     width, inner, (a, b) = llm.hidden_size, llm.intermediate_size, _attention_widths(llm)
-    kept = {
-        "none": 4 * width + 4 * a + 3 * b + 3 * inner,
-        "selective": 2 * width + 2 * a + 2 * b + 2 * inner,
-        "full": width,
-    }
-    return llm.num_hidden_layers * kept[mode] * tokens * itemsize
+    heads, groups = llm.num_attention_heads, llm.num_key_value_heads
+    scales = 4 * (2 + 2 * heads + groups)  # of the norms, and attention's log-sum-exp
+    if itemsize == 4:
+        layer = 4 * (4 * width + 3 * a + 3 * b + 4 * inner) + scales
+    else:
+        layer = 20 * width + 10 * a + 10 * b + 8 * inner + scales
+    if mode == "none":
+        return llm.num_hidden_layers * layer * tokens
+    products = itemsize * (2 * width + 2 * a + 2 * b + 2 * inner) if mode == "selective" else 0
+    return (llm.num_hidden_layers * (4 * width + products) + layer) * tokens
 
 
 # --- passes -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from unigrpo_core.plugin import Field, Options, Placement, Provider
 from unigrpo_models.checkpoints import CheckpointPath, checkpoint_folder
 
 if TYPE_CHECKING:
+    from unigrpo_core.workload import Account, Workload
     from unigrpo_models.bagel.policy import BagelPolicy
 
 
@@ -35,6 +36,12 @@ def notes(options: BagelOptions) -> Sequence[str]:
     return () if weights.exists() else (f"the weights are not there yet: {weights}",)
 
 
+def account(options: BagelOptions, load: Workload) -> Account:
+    from unigrpo_models.bagel.account import account
+
+    return account(options, load)
+
+
 PROVIDER = Provider(
     name="bagel",
     build=build,
@@ -43,4 +50,5 @@ PROVIDER = Provider(
     cite="Deng et al. 2025, arXiv 2505.14683",
     provides=("text", "image", "branch:text"),
     notes=notes,
+    account=account,
 )
