@@ -196,6 +196,11 @@ class Scheduler(ABC):
     def times(self, steps: int, shift: float) -> Tensor:
         """float64 [steps + 1], falling from 1 to 0."""
 
+    def plain_times(self, steps: int, shift: float) -> Sequence[float] | None:
+        """The same times without torch, for ``unigrpo check --memory``; None if that is not
+        written, and then every step is counted as guided."""
+        return None
+
     @abstractmethod
     def transition(
         self, v: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise_level: Tensor
@@ -228,6 +233,11 @@ class Guidance(ABC):
     @abstractmethod
     def active(self, t: Tensor) -> Tensor:
         """bool, of t's shape: where the branches are needed. Elsewhere they are not computed."""
+
+    def guides(self, t: float) -> bool:
+        """The same of one time without torch, for ``unigrpo check --memory``; by default it is
+        guided wherever there are branches."""
+        return bool(self.branches)
 
     @abstractmethod
     def combine(self, v: Tensor, branches: Mapping[str, Tensor], t: Tensor) -> Tensor:

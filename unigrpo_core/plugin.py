@@ -24,6 +24,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 if TYPE_CHECKING:
     from torch import device, dtype
 
+    from unigrpo_core.workload import Account, Workload
+
 __all__ = [
     "Checkpointing",
     "Field",
@@ -109,6 +111,8 @@ class Provider:
             unconditional context.
         notes: for ``unigrpo check``: told about the options without loading anything, returns what
             the user should know, such as weights that are not there yet.
+        account: for policies, what ``unigrpo check --memory`` prints: from the options and a
+            Workload (see :mod:`unigrpo_core.workload`), without loading anything.
     """
 
     name: str
@@ -122,6 +126,7 @@ class Provider:
     range: tuple[float, float] | None = None
     provides: Sequence[str] = ()
     notes: Callable[[Any], Sequence[str]] | None = None
+    account: Callable[[Any, Workload], Account] | None = None
 
 
 Providers = Iterator[Provider]

@@ -20,6 +20,7 @@ from unigrpo_core.recipe import (
     find_recipe,
     load_recipe,
 )
+from unigrpo_core.workload import PROMPT_TOKENS
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -41,9 +42,27 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="load the model and take one step: is what is sampled what is trained, and does it "
         "learn from it?",
     )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="print what a step takes: memory by part, network calls, FLOPs",
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=_count,
+        default=PROMPT_TOKENS,
+        help="with --memory: tokens of a prompt, system prompt included (default: %(default)s)",
+    )
     add_set(parser)
     add_json(parser)
     parser.set_defaults(handler=check)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"should be a number of tokens from 1 on, got {text!r}")
+    return int(text)
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -53,12 +72,32 @@ def check(arguments: argparse.Namespace) -> int:
         report = _report(word, catalogs, arguments.set)
         if not arguments.json:
             print(report, flush=True)
+        if arguments.memory and report.resolved is not None:
+            report = _memory(report, report.resolved, arguments)
         if arguments.run and report.resolved is not None:
             report = _run(report, report.resolved, quiet=arguments.json)
         reports.append(report)
     if arguments.json:
         print(as_json([report.as_json() for report in reports]))
     return min({report.code for report in reports} - {0}, default=0)
+
+
+def _memory(report: Report, resolved: Resolved, arguments: argparse.Namespace) -> Report:
+    """The report with what a step takes, which is said."""
+    from unigrpo_core.cli import memory
+
+    try:
+        account = memory.take(resolved, arguments.prompt_tokens)
+    except PluginError as error:
+        problem = Problem(Origin(report.file), "policy", str(error), plugin=True)
+        report = replace(report, code=error.exit_code, problems=(problem,))
+        if not arguments.json:
+            print(problem, flush=True)
+        return report
+    if not arguments.json:
+        print(f"  {account}" if isinstance(account, str) else memory.as_text(account), flush=True)
+    said = {"missing": account} if isinstance(account, str) else memory.as_json(account)
+    return replace(report, memory=said)
 
 
 def _run(report: Report, resolved: Resolved, *, quiet: bool) -> Report:
@@ -88,6 +127,7 @@ class Report:
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     found: tuple[Finding, ...] = ()  # by the self-check
+    memory: dict[str, Any] | None = None  # what a step takes, if that was asked
 
     def as_json(self) -> dict[str, Any]:
         recipe = self.resolved
@@ -117,6 +157,7 @@ class Report:
                 }
                 for item in self.found
             ],
+            **({} if self.memory is None else {"memory": self.memory}),
         }
 
     def __str__(self) -> str:

@@ -39,7 +39,7 @@ from pydantic import field_validator, model_validator
 
 from unigrpo_core.interfaces import Guidance
 from unigrpo_core.plugin import Field, Options, Provider
-from unigrpo_methods.schedulers.grids import per_point
+from unigrpo_methods.schedulers.grids import float32, per_point
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,6 +99,10 @@ class CFG(Guidance):
     def active(self, t: Tensor) -> Tensor:
         low, high = self.options.interval
         return (t > low) & (t <= high) & (self.options.scale != 1)
+
+    def guides(self, t: float) -> bool:
+        low, high, time = (float32(x) for x in (*self.options.interval, t))
+        return self.options.scale != 1 and low < time <= high
 
     def combine(self, v: Tensor, branches: Mapping[str, Tensor], t: Tensor) -> Tensor:
         renorm, unconditional = self.options.renorm, branches["text"]

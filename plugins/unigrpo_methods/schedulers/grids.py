@@ -14,6 +14,7 @@ is shifted by s towards the noise: shifted(u) = s u / (1 + (s - 1) u).
 
 from __future__ import annotations
 
+from ctypes import c_float
 from typing import TYPE_CHECKING, Literal
 
 from unigrpo_core.plugin import Field, Options
@@ -51,6 +52,23 @@ def times(grid: Grid, steps: int, shift: float) -> Tensor:
     last = _shifted(torch.tensor(1 / TRAIN_TIMESTEPS, dtype=torch.float64), shift).item()
     sigmas = _shifted(torch.linspace(1, last, steps, dtype=torch.float64), shift)
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def plain_times(grid: Grid, steps: int, shift: float) -> list[float]:
+    """The same times, up to rounding, without torch."""
+
+    def shifted(u: float) -> float:
+        return shift * u / (shift * u + (1 - u))
+
+    if grid == "linear":
+        return [shifted(1 - step / steps) for step in range(steps + 1)]
+    fall = (1 - shifted(1 / TRAIN_TIMESTEPS)) / max(1, steps - 1)
+    return [*(shifted(1 - step * fall) for step in range(steps)), 0.0]
+
+
+def float32(x: float) -> float:
+    """The float32 number nearest to x."""
+    return c_float(x).value
 
 
 def _shifted(u: Tensor, shift: float) -> Tensor:

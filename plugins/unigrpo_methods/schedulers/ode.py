@@ -42,6 +42,9 @@ class ODE(Scheduler):
     def times(self, steps: int, shift: float) -> Tensor:
         return grids.times(self.options.grid, steps, shift)
 
+    def plain_times(self, steps: int, shift: float) -> list[float]:
+        return grids.plain_times(self.options.grid, steps, shift)
+
     def transition(
         self, v: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise_level: Tensor
     ) -> GaussianTransition:

@@ -99,6 +99,21 @@ class BagelConfig(BaseModel):
     vit: VitConfig | None = None  # None: a model that does not look at images
 
     @classmethod
+    def published(cls) -> BagelConfig:
+        """The sizes of BAGEL-7B-MoT, for what is asked before its checkpoint is there."""
+        return cls(
+            llm=LanguageConfig(
+                vocab_size=152064,
+                hidden_size=3584,
+                intermediate_size=18944,
+                num_hidden_layers=28,
+                num_attention_heads=28,
+                num_key_value_heads=4,
+                rope_theta=1e6,
+            )
+        )
+
+    @classmethod
     def read(cls, folder: Path) -> BagelConfig:
         """The configuration of a checkpoint folder.
 

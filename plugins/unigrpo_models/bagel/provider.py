@@ -11,6 +11,7 @@ from unigrpo_models.bagel.layout import FILES, NEEDED, WEIGHTS
 from unigrpo_models.checkpoints import HubCheckpoint, fetched_folder, local_folder
 
 if TYPE_CHECKING:
+    from unigrpo_core.workload import Account, Workload
     from unigrpo_models.bagel.policy import BagelPolicy
 
 
@@ -89,6 +90,12 @@ def notes(options: BagelOptions) -> Sequence[str]:
     return (f"the weights are not there yet: {folder / WEIGHTS}",)
 
 
+def account(options: BagelOptions, load: Workload) -> Account:
+    from unigrpo_models.bagel.account import account
+
+    return account(options, load)
+
+
 PROVIDER = Provider(
     name="bagel",
     build=build,
@@ -97,4 +104,5 @@ PROVIDER = Provider(
     cite="Deng et al. 2025, arXiv 2505.14683",
     provides=("text", "image", "branch:text", "branch:image"),
     notes=notes,
+    account=account,
 )
