@@ -45,9 +45,7 @@ def decode_texts(
     for turn in range(limit + 2):
         width += 1
         padding[each, 0, 0, place] = torch.where(active, 0.0, float("-inf"))
-        final = network.step(
-            feed, place - ahead, list(history.caches), padding[..., :width], place
-        )
+        final = network.step(feed, place - ahead, list(history.caches), padding[..., :width], place)
         place = place + active
         active = active & ~ending
         if not bool(active.any()):

@@ -22,7 +22,7 @@ class Look:
     """An image block that was looked at. All of its slots stand at one position."""
 
     slots: int
-    digest: bytes  # of kind, size and content: looks are equal if they saw the same
+    saw: bytes  # kind, image and draw: looks are equal if these are
     content: Tensor = field(compare=False, repr=False)
     """What the block was made of: latents [h, w, token] with their draw in them, or the ViT's
     pixels [3, H, W] in [-1, 1]."""
@@ -40,7 +40,9 @@ class BagelHistory(History):
     caches: tuple[LayerCache, ...]  # per layer k, v [B, Hk, capacity, d]
     ids: tuple[tuple[Item, ...], ...]  # the items of every row
     told: tuple[Ids, ...]  # system prompt and prompts of every row, one after the other
-    free: tuple[int, ...]  # the items before the last prompt, or up to the last image if it is later
+    free: tuple[
+        int, ...
+    ]  # the items before the last prompt, or up to the last image if it is later
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -28,7 +28,6 @@ from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
 from unigrpo_models.bagel.tokens import Codec, empty_slots, pad
 from unigrpo_models.weights import WeightSets
 
-
 FROZEN = ("_pos_embed", "vit_model.", "connector.")
 """What no expert owns: the position tables, and what only reads images."""
 
