@@ -79,10 +79,10 @@ class BagelHistory(History):
         places = index.tolist()
         index = index.to(self.caches[0][0].device)
         caches = tuple((k[index], v[index]) for k, v in self.caches)
-        ids, told, free = (
-            tuple(part[i] for i in places) for part in (self.ids, self.told, self.free)
+        ids, told = (tuple(part[i] for i in places) for part in (self.ids, self.told))
+        return replace(
+            self, caches=caches, ids=ids, told=told, free=tuple(self.free[i] for i in places)
         )
-        return replace(self, caches=caches, ids=ids, told=told, free=free)
 
     def grown(self, capacity: int) -> Self:
         """A copy with that many slots, which hold every row and more."""
