@@ -108,7 +108,8 @@ class Provider:
         reads, range: for rewards that are functions, what they read of an episode ("prompt",
             "metadata", "thought", "image"; nothing by default), and the lowest and highest score.
         provides: for policies, what they can do: "text", "image", and "branch:NAME" for each
-            unconditional context.
+            unconditional context: by convention "text" without the prompt, "image" without the
+            thought and what was looked at.
         notes: for ``unigrpo check``: told about the options without loading anything, returns what
             the user should know, such as weights that are not there yet.
         account: for policies, what ``unigrpo check --memory`` prints: from the options and a

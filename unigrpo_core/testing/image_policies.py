@@ -91,7 +91,8 @@ class ImageFlowPolicyConformance(PolicyConformance):
 
     def test_branches_are_unconditional(self, component: ImageFlowPolicy) -> None:
         """Every branch that the provider names has a row per row, which knows nothing of its
-        prompt: at one point all rows have one velocity."""
+        prompt: at one point all rows have one velocity. The branch "image" knows the prompt, and
+        nothing of the thought: its velocities are those of the prompts as opened."""
         names, context = self.needed_branches(), self.context(component)
         x_t, t = (part[:1].expand_as(part) for part in self.noisy(component))
         found = component.branches(context.history, names)
@@ -99,7 +100,11 @@ class ImageFlowPolicyConformance(PolicyConformance):
         for name, history in found.items():
             assert len(history) == len(self.prompts), f"{name}: {len(history)} rows"
             v = component.velocity(history, x_t[:, 0], t[:, 0])
-            self.close(v, v[:1].expand_as(v), f"branch {name!r}:")
+            expected = v[:1].expand_as(v)
+            if name == "image":
+                opened = component.open(context.prompts)
+                expected = component.velocity(opened, x_t[:, 0], t[:, 0])
+            self.close(v, expected, f"branch {name!r}:")
 
     def test_replay_gives_the_branches_velocities(self, component: ImageFlowPolicy) -> None:
         """The replay has the branches asked for and no others, equal to the sampler's."""

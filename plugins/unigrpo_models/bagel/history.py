@@ -22,7 +22,7 @@ class Look:
     """An image block that was looked at. All of its slots stand at one position."""
 
     slots: int
-    digest: bytes  # of kind, size and content: looks are equal if they saw the same
+    saw: bytes  # kind, image and draw: looks are equal if these are
     content: Tensor = field(compare=False, repr=False)
     """What the block was made of: latents [h, w, token] with their draw in them, or the ViT's
     pixels [3, H, W] in [-1, 1]."""
@@ -79,10 +79,10 @@ class BagelHistory(History):
         places = index.tolist()
         index = index.to(self.caches[0][0].device)
         caches = tuple((k[index], v[index]) for k, v in self.caches)
-        ids, told, free = (
-            tuple(part[i] for i in places) for part in (self.ids, self.told, self.free)
+        ids, told = (tuple(part[i] for i in places) for part in (self.ids, self.told))
+        return replace(
+            self, caches=caches, ids=ids, told=told, free=tuple(self.free[i] for i in places)
         )
-        return replace(self, caches=caches, ids=ids, told=told, free=free)
 
     def grown(self, capacity: int) -> Self:
         """A copy with that many slots, which hold every row and more."""

@@ -109,6 +109,7 @@ def look_at(
         raise UserError(
             "this checkpoint does not look at images: its folder has no vit_config.json"
         )
+    saw = [_digest(image) for image in images]
     images = latent_resize(config)(images)
     if mode == "vae_vit":
         pixels = 2 * images - 1
@@ -118,25 +119,36 @@ def look_at(
             noise = normals([key.child("encode") for key in keys], shape, images.device)
             with torch.autocast(images.device.type, enabled=False):
                 pixels = autoencoder.encode(pixels, noise)
-        history = append_latents(network, codec, history, patchify(config.latent, pixels))
-    return append_views(network, codec, history, 2 * vit_resize(config)(images) - 1)
+        latents = patchify(config.latent, pixels)
+        drawn = [one + repr(key.path).encode() for one, key in zip(saw, keys, strict=True)]
+        history = append_latents(network, codec, history, latents, drawn)
+    return append_views(network, codec, history, 2 * vit_resize(config)(images) - 1, saw)
 
 
 def append_latents(
-    network: BagelNetwork, codec: Codec, history: BagelHistory, latents: Tensor
+    network: BagelNetwork,
+    codec: Codec,
+    history: BagelHistory,
+    latents: Tensor,
+    saw: Sequence[bytes],
 ) -> BagelHistory:
-    """With a block of clean latents [B, h, w, token] per row."""
+    """With a block of clean latents [B, h, w, token] per row; ``saw`` tells equal ones."""
     places = network.table_rows(*latents.shape[1:3])
     clean = torch.zeros(len(latents), device=latents.device)
     inner = network.embed_latents(latents.flatten(1, 2), clean, places)
-    return _append(network, codec, history, inner, latents, GEN)
+    return _append(network, codec, history, inner, latents, saw, GEN)
 
 
 def append_views(
-    network: BagelNetwork, codec: Codec, history: BagelHistory, pixels: Tensor
+    network: BagelNetwork,
+    codec: Codec,
+    history: BagelHistory,
+    pixels: Tensor,
+    saw: Sequence[bytes],
 ) -> BagelHistory:
-    """With a block per row of what the ViT sees of pixels [B, 3, H, W] in [-1, 1]."""
-    return _append(network, codec, history, network.embed_image(pixels), pixels, UND)
+    """With a block per row of what the ViT sees of pixels [B, 3, H, W] in [-1, 1]; ``saw`` tells
+    equal ones."""
+    return _append(network, codec, history, network.embed_image(pixels), pixels, saw, UND)
 
 
 def _append(
@@ -145,6 +157,7 @@ def _append(
     history: BagelHistory,
     inner: Tensor,
     content: Tensor,
+    saw: Sequence[bytes],
     expert: str,
 ) -> BagelHistory:
     count = inner.shape[1] + 2
@@ -154,14 +167,14 @@ def _append(
             f"an image of {count - 2} tokens makes a context of {total}; the model's ends at "
             f"{codec.max_length}"
         )
-    looks = [[Look(count, _digest(x, expert), x)] for x in content]
+    looks = [[Look(count, expert.encode() + s, x)] for s, x in zip(saw, content, strict=True)]
     longer = history.appended(_block(network, codec, history, inner, expert), looks)
     return replace(longer, free=longer.positions)
 
 
-def _digest(content: Tensor, expert: str) -> bytes:
-    said = f"{expert} {tuple(content.shape)}".encode()
-    return blake2b(said + content.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
+def _digest(image: Tensor) -> bytes:
+    data = image.contiguous().cpu().numpy().tobytes()
+    return blake2b(f"{tuple(image.shape)}".encode() + data, digest_size=16).digest()
 
 
 def _block(

@@ -353,14 +353,15 @@ class BagelNetwork(nn.Module):
         """[R, N, D] of latent tokens [R, N, token] at times t [R] and places [N]."""
         table = self.latent_pos_embed.pos_embed[table_rows]
         latents: Tensor = self.vae2llm(x_t.to(self.vae2llm.weight.dtype))
-        return latents + self.time_embedder(t)[:, None] + table
+        latents = latents + self.time_embedder(t)[:, None] + table
+        return latents
 
     def embed_image(self, pixels: Tensor) -> Tensor:
         """[R, N, D] of what the ViT sees of images [R, 3, h p, w p] in [-1, 1], row by row."""
         vit = self.config.vit
         assert vit is not None
         seen = patches(vit.patch_size, pixels)
-        places = grid_places(*seen.shape[1:3], vit.side, pixels.device)
+        places = grid_places(seen.shape[1], seen.shape[2], vit.side, pixels.device)
         features = self.vit_model.vision_model(seen.flatten(1, 2), places)
         embedded: Tensor = self.connector(features) + self.vit_pos_embed.pos_embed[places]
         return embedded
