@@ -353,8 +353,7 @@ class BagelNetwork(nn.Module):
         """[R, N, D] of latent tokens [R, N, token] at times t [R] and places [N]."""
         table = self.latent_pos_embed.pos_embed[table_rows]
         latents: Tensor = self.vae2llm(x_t.to(self.vae2llm.weight.dtype))
-        latents = latents + self.time_embedder(t)[:, None] + table
-        return latents
+        return latents + self.time_embedder(t)[:, None] + table
 
     def embed_image(self, pixels: Tensor) -> Tensor:
         """[R, N, D] of what the ViT sees of images [R, 3, h p, w p] in [-1, 1], row by row."""
