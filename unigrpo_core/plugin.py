@@ -79,6 +79,7 @@ class Placement:
             the outputs of products and attention) or "full" (all but the input of each of the
             policy's :meth:`~unigrpo_core.interfaces.Policy.wrap_units`).
         compile: whether these units are compiled, for sampling and training alike.
+        cuda_graphs: whether a GPU replays the decoding of text as CUDA graphs.
         reference: where kept weights wait: on the "device", or in the memory of its "host".
     """
 
@@ -87,6 +88,7 @@ class Placement:
     train: frozenset[str]
     checkpointing: Checkpointing = "none"
     compile: bool = False
+    cuda_graphs: bool = False
     reference: Literal["device", "host"] = "device"
 
 

@@ -145,6 +145,7 @@ def with_policy(
         frozenset(recipe.train),
         checkpointing=compute.checkpointing,
         compile=compute.compile,
+        cuda_graphs=compute.cuda_graphs,
         reference=compute.reference,
     )
     policy: Policy = recipe.policy.build(place)

@@ -332,6 +332,9 @@ class Compute(Table):
         "(all but products and attention) or full",
     )
     compile: bool = Field(False, description="whether the model's blocks go through torch.compile")
+    cuda_graphs: bool = Field(
+        False, description="whether a GPU replays the decoding of text as CUDA graphs"
+    )
     reference: Literal["device", "host"] = Field(
         "device", description="where the reference's weights wait: beside the model, or on its host"
     )

@@ -205,7 +205,13 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
         grown = history.grown(room)
         with self._autocast():
             segment = decode_texts(
-                self.network, self.codec, grown, self._allowed, uniform, sampling.temperature
+                self.network,
+                self.codec,
+                grown,
+                self._allowed,
+                uniform,
+                sampling.temperature,
+                graphs=self.place.cuda_graphs,
             )
         thoughts = self.codec.thoughts(segment.tokens.tolist(), segment.mask.tolist())
         ids = tuple((*a, *b) for a, b in zip(history.ids, thoughts, strict=True))
