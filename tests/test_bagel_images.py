@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golden import DATA, golden_folder, words
+from golden_words import DATA, golden_folder, words
 from safetensors.torch import load_file
 from unigrpo_methods.guidance.cfg import CFG, CFGOptions
 from unigrpo_methods.schedulers.ode import ODE, ODEOptions
