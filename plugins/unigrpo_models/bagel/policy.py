@@ -142,9 +142,11 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
     @torch.inference_mode()
     def look(self, history: History, images: Tensor, keys: Sequence[Key]) -> BagelHistory:
         assert isinstance(history, BagelHistory)
-        seen = (self.network, self.codec, self.autoencoder, history, images, keys)
+        images = images.to(self.place.device, torch.float32)
         with self._autocast():
-            return look_at(*seen, self.look_mode)
+            return look_at(
+                self.network, self.codec, self.autoencoder, history, images, keys, self.look_mode
+            )
 
     @torch.inference_mode()
     def branches(self, history: History, names: Sequence[str]) -> Mapping[str, BagelHistory]:
