@@ -3,9 +3,11 @@ drawn with guidance and decoded, and images looked at (``data/bagel_golden/READM
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from golden_words import DATA, golden_folder, words
+from PIL import Image
 from safetensors.torch import load_file
 from unigrpo_methods.guidance.cfg import CFG, CFGOptions
 from unigrpo_methods.schedulers.ode import ODE, ODEOptions
@@ -459,6 +461,17 @@ def test_a_training_step_trains_no_eye(policy):
 def test_released_sizes(size, latents, views):
     assert Resize(16, 512, 1024).size(*size) == latents
     assert Resize(14, 224, 980).size(*latents) == views
+
+
+@pytest.mark.parametrize("size", [(48, 60), (100, 200), (300, 170)])
+def test_resizing_is_that_of_pil(size):
+    drawn = 0.3 + 0.4 * normals([Key(("noise",))], (3, *size), "cpu").sigmoid()
+    eight_bits = (drawn * 255).round().to(torch.uint8)
+    got = Resize(16, 64, 128)(eight_bits / 255)[0].permute(1, 2, 0)
+    picture = Image.fromarray(eight_bits[0].permute(1, 2, 0).numpy())
+    resized = picture.resize((got.shape[1], got.shape[0]), Image.Resampling.BICUBIC)
+    wanted = torch.from_numpy(np.asarray(resized) / 255).float()
+    torch.testing.assert_close(got, wanted, atol=1.5 / 255, rtol=0)
 
 
 # --- mistakes ---------------------------------------------------------------------------------
