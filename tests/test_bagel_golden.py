@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from unigrpo_methods.guidance.cfg import CFG, CFGOptions
 from unigrpo_methods.schedulers.ode import ODE, ODEOptions
@@ -91,6 +92,7 @@ def velocity(network, golden, ids, size, x_t, t):
 def test_text_hidden_states_logits_and_cache(network, golden, case):
     ids = text_ids(golden, case, "full")
     assert ids == golden[f"{case}.text_ids"].tolist()
+    assert golden[f"{case}.text_positions"].tolist() == [*range(len(ids))]
     hidden, caches = network.text(torch.tensor([ids]))
     close(hidden[0], golden[f"{case}.text_hidden"])
     close(network.language_model.lm_head(hidden[0]), golden[f"{case}.text_logits"])
@@ -130,6 +132,9 @@ def test_greedy_decoding(network, golden, case):
         fed.append(int(logits[-1].argmax()))
     assert fed[: len(expected)] == expected
     close(torch.stack(logits), golden[f"{case}.greedy_logits"])
+    if case == "b":
+        stop = fed.index(int(golden["b.stop_token"]))
+        assert fed[:stop] == golden["b.stop_greedy_ids"].tolist()
 
 
 # --- images -----------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ def test_packed_training_forward(network, golden):
     indexes = golden["train.text_indexes"].tolist()
     latents = golden["train.vae_indexes"].tolist()
     raw = golden["train.raw_timesteps"]
-    place = start = 0
+    place = start = total = 0
     for case, size, length in zip(CASES, SIZES, golden["train.sample_lens"].tolist(), strict=True):
         ids = wrap(golden[f"{case}.prompt_ids"]) + wrap(golden[f"{case}.thought_ids"])
         hidden, _ = network.text(torch.tensor([ids]))
@@ -264,7 +269,19 @@ def test_packed_training_forward(network, golden):
         x_t = (1 - t) * golden[f"{size}.x0"] + t * golden[f"{size}.noise"]
         v = velocity(network, golden, ids, size, x_t, t)
         close(v, golden["train.v_pred"][start : start + count])
+        mse = (v - (golden[f"{size}.noise"] - golden[f"{size}.x0"])).square()
+        torch.testing.assert_close(
+            mse, golden["train.mse"][start : start + count], atol=1e-3, rtol=0
+        )
         indexes = indexes[len(ids) + 2 :]
         place, start = place + length, start + count
+        within = golden["train.ce_indexes"] - (place - length)
+        scored = (within >= 0) & (within < length)
+        within = within[scored]
+        logits = network.language_model.lm_head(hidden[0, within])
+        losses = F.cross_entropy(logits, golden["train.ce_labels"][scored], reduction="none")
+        close(losses, golden["train.ce"][scored])
+        total += len(losses)
+    assert total == len(golden["train.ce"])
     assert place == len(golden["train.hidden"])
     assert start == len(golden["train.v_pred"])

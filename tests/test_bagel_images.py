@@ -3,9 +3,11 @@ drawn with guidance and decoded, and images looked at (``data/bagel_golden/READM
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from golden import DATA, golden_folder, words
+from golden_words import DATA, golden_folder, words
+from PIL import Image
 from safetensors.torch import load_file
 from unigrpo_methods.guidance.cfg import CFG, CFGOptions
 from unigrpo_methods.schedulers.ode import ODE, ODEOptions
@@ -384,6 +386,30 @@ def test_the_vit_alone(load, golden):
     assert policy.look(start, pictures(1), [Key(("other",))]).ids == history.ids
 
 
+def test_bfloat16_is_as_near_as_the_official_one(folder, golden):
+    """The official code in bfloat16 is 0.8 to 0.9 % off its float32 velocities."""
+    system = words(golden["system_ids"])
+    coarse = load_bagel(folder, system, Placement(PLACE.device, torch.bfloat16, EVERYTHING))
+    exact = load_bagel(folder, system, PLACE)
+
+    def distance(got, expected):
+        return ((got - expected).norm() / expected.norm()).item()
+
+    history = full(coarse, golden, "a")
+    for k, t in enumerate(golden["timesteps"].float()):
+        v = coarse.velocity(history, grid(golden, "s0", f"s0.x_t{k}"), t.view(1)).view(16, 64)
+        assert distance(v, golden[f"a.s0.t{k}.v_cond"]) < 0.01
+        assert distance(v, golden[f"bf16.a.s0.t{k}.v_cond"].float()) < 0.015
+    segment, _ = exact.write(told(exact, golden, "edit", [0, 1]), BRIEF, keys(2))
+    x_t, t = normals(keys(2), (3, 5, 64), "cpu"), torch.tensor([0.9, 0.5])
+    v, expected = (
+        policy.velocity(policy.append(told(policy, golden, "edit", [0, 1]), segment), x_t, t)
+        for policy in (coarse, exact)
+    )
+    assert 0 < distance(v, expected) < 0.01
+    coarse.write(told(coarse, golden, "edit", [0, 1]), BRIEF, keys(2))
+
+
 def test_a_thought_after_an_image_is_what_one_pass_would_say(policy, golden):
     """Log-probs of sampled tokens against the same tokens read at once over the same cache."""
     start = told(policy, golden, "edit", [0, 1])
@@ -437,6 +463,17 @@ def test_released_sizes(size, latents, views):
     assert Resize(14, 224, 980).size(*latents) == views
 
 
+@pytest.mark.parametrize("size", [(48, 60), (100, 200), (300, 170)])
+def test_resizing_is_that_of_pil(size):
+    drawn = 0.3 + 0.4 * normals([Key(("noise",))], (3, *size), "cpu").sigmoid()
+    eight_bits = (drawn * 255).round().to(torch.uint8)
+    got = Resize(16, 64, 128)(eight_bits / 255)[0].permute(1, 2, 0)
+    picture = Image.fromarray(eight_bits[0].permute(1, 2, 0).numpy())
+    resized = picture.resize((got.shape[1], got.shape[0]), Image.Resampling.BICUBIC)
+    wanted = torch.from_numpy(np.asarray(resized) / 255).float()
+    torch.testing.assert_close(got, wanted, atol=1.5 / 255, rtol=0)
+
+
 # --- mistakes ---------------------------------------------------------------------------------
 
 
@@ -444,6 +481,12 @@ def test_a_model_without_eyes(setup):
     policy = setup().policy
     with pytest.raises(UserError, match=r"does not look at images: .* no vit_config\.json"):
         policy.look(policy.start(1), pictures(1), keys(1))
+
+
+@pytest.mark.parametrize("size", [(72, 64), (64, 144), (0, 64)])
+def test_sizes_that_cannot_be_drawn(policy, size):
+    with pytest.raises(UserError, match="this model draws multiples of 16 pixels up to 128"):
+        policy.latent_shape(size)
 
 
 def test_contexts_that_become_too_long(policy, golden):

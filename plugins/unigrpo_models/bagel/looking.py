@@ -64,7 +64,8 @@ class Resize:
         return height, width
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], bicubic with antialiasing; as they are if they fit."""
+        """Images [B, 3, H, W] in [0, 1], bicubic with antialiasing as in PIL, but not rounded to
+        8 bits; as they are if they fit."""
         old = (images.shape[2], images.shape[3])
         size = self.size(*old)
         if size == old:

@@ -352,8 +352,9 @@ class BagelNetwork(nn.Module):
     def embed_latents(self, x_t: Tensor, t: Tensor, table_rows: Tensor) -> Tensor:
         """[R, N, D] of latent tokens [R, N, token] at times t [R] and places [N]."""
         table = self.latent_pos_embed.pos_embed[table_rows]
-        latents: Tensor = self.vae2llm(x_t.to(self.vae2llm.weight.dtype))
-        return latents + self.time_embedder(t)[:, None] + table
+        projected = self.vae2llm(x_t.to(self.vae2llm.weight.dtype))
+        latents: Tensor = projected + self.time_embedder(t)[:, None] + table
+        return latents
 
     def embed_image(self, pixels: Tensor) -> Tensor:
         """[R, N, D] of what the ViT sees of images [R, 3, h p, w p] in [-1, 1], row by row."""

@@ -20,13 +20,14 @@ from unigrpo_models.adapters import Lora
 from unigrpo_models.bagel.autoencoder import Autoencoder, read_autoencoder
 from unigrpo_models.bagel.checkpoint import open_weights, read_weights
 from unigrpo_models.bagel.config import BagelConfig
+from unigrpo_models.bagel.contexts import continued, read, unconditional
 from unigrpo_models.bagel.decoding import decode_texts
-from unigrpo_models.bagel.history import BagelHistory, empty_history
+from unigrpo_models.bagel.history import BagelHistory
 from unigrpo_models.bagel.latents import latent_shape, unpatchify
 from unigrpo_models.bagel.looking import LookAt, look_at
-from unigrpo_models.bagel.network import BagelNetwork, Before, Layer
+from unigrpo_models.bagel.network import BagelNetwork, Layer
 from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
-from unigrpo_models.bagel.tokens import Codec, empty_slots, pad
+from unigrpo_models.bagel.tokens import Codec
 from unigrpo_models.bagel.trained import TrainedWeights, type_of
 from unigrpo_models.compiled import compile_units
 from unigrpo_models.stored import Stored
@@ -109,12 +110,14 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
     @torch.no_grad()
     def open(self, prompts: Sequence[Prompt]) -> BagelHistory:
         told = [self.codec.context(prompt) for prompt in prompts]
-        return self._read(told, told, [len(self.codec.system)] * len(told))
+        with self._autocast():
+            return read(self.network, self.codec, told, told, [len(self.codec.system)] * len(told))
 
     @torch.no_grad()
     def start(self, rows: int) -> BagelHistory:
-        system = self.codec.system
-        return self._read([system] * rows, [system] * rows, [0] * rows)
+        told = [self.codec.system] * rows
+        with self._autocast():
+            return read(self.network, self.codec, told, told, [0] * rows)
 
     @torch.no_grad()
     def tell(self, history: History, prompts: Sequence[Prompt]) -> BagelHistory:
@@ -127,64 +130,24 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
                     f"model's ends at {self.codec.max_length}: {prompt.text[:80]!r}"
                 )
         told = tuple((*a, *b) for a, b in zip(history.told, said, strict=True))
-        return replace(self._continued(history, said), told=told, free=history.positions)
+        with self._autocast():
+            longer = continued(self.network, self.codec, history, said)
+        return replace(longer, told=told, free=history.positions)
 
     @torch.no_grad()
     def look(self, history: History, images: Tensor, keys: Sequence[Key]) -> BagelHistory:
         assert isinstance(history, BagelHistory)
-        seen = (self.network, self.codec, self.autoencoder, history, images, keys)
+        images = images.to(self.place.device, torch.float32)
         with self._autocast():
-            return look_at(*seen, self.look_mode)
-
-    def _read(
-        self, rows: Sequence[Sequence[int]], told: Sequence[Sequence[int]], free: Sequence[int]
-    ) -> BagelHistory:
-        """The history of texts, in one causal pass."""
-        if not any(rows):
-            return empty_history(self.network.config.llm, len(rows), self.place.device)
-        with self._autocast():
-            _, caches = self.network.text(
-                pad(rows, self.codec.eos, self.place.device), want_hidden=False
+            return look_at(
+                self.network, self.codec, self.autoencoder, history, images, keys, self.look_mode
             )
-        ids, told = (tuple(tuple(row) for row in each) for each in (rows, told))
-        return BagelHistory(tuple(caches), ids, told, tuple(free))
-
-    def _continued(self, history: BagelHistory, texts: Sequence[Sequence[int]]) -> BagelHistory:
-        """The history with a text appended to each row: all in one pass where there is only text,
-        as the trainer will read it; else in one over what is there."""
-        if not history.has_images:
-            whole = [[*a, *b] for a, b in zip(history.texts, texts, strict=True)]
-            return self._read(whole, history.told, history.free)
-        device, width = self.place.device, history.caches[0][0].shape[2]
-        before = Before(
-            list(history.caches),
-            torch.tensor(history.positions, device=device),
-            empty_slots(history.lengths, width).to(device),
-        )
-        with self._autocast():
-            _, caches = self.network.text(
-                pad(texts, self.codec.eos, device), before, want_hidden=False
-            )
-        return history.appended([(k[:, :, width:], v[:, :, width:]) for k, v in caches], texts)
 
     @torch.no_grad()
     def branches(self, history: History, names: Sequence[str]) -> Mapping[str, BagelHistory]:
         assert isinstance(history, BagelHistory)
-        return {name: self._unconditional(name, history) for name in names}
-
-    def _unconditional(self, name: str, history: BagelHistory) -> BagelHistory:
-        """Branch "text": what stands before the last prompt, or up to the last image if that came
-        later; "image": system prompt and prompts, without thoughts and images."""
-        if name == "image":
-            return self._read(history.told, history.told, history.free)
-        if name != "text":
-            raise UserError(
-                f'bagel has no unconditional context {name!r}; it has "text" and "image"'
-            )
-        if self.codec.blank:
-            return empty_history(self.network.config.llm, len(history), self.place.device)
-        before = history.filled(history.unprompted)
-        return before if before.has_images else self._read(before.texts, before.texts, before.free)
+        with self._autocast():
+            return {name: unconditional(self.network, self.codec, history, name) for name in names}
 
     @torch.no_grad()
     def append(self, history: History, written: TextSegment) -> BagelHistory:
@@ -192,7 +155,8 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
         thoughts = self.codec.thoughts(written.tokens.tolist(), written.mask.tolist())
         for slots, length in zip(history.lengths, written.mask.sum(1).tolist(), strict=True):
             self._room(slots, length)
-        return self._continued(history, thoughts)
+        with self._autocast():
+            return continued(self.network, self.codec, history, thoughts)
 
     @torch.no_grad()
     def write(
@@ -217,8 +181,10 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
         ids = tuple((*a, *b) for a, b in zip(history.ids, thoughts, strict=True))
         # In float32 the keys and values of single steps are those of one pass, up to rounding. In
         # a coarser type that rounding is felt, so the image gets what the trainer will compute.
-        exact = self.place.compute == torch.float32
-        return segment, grown.filled(ids) if exact else self._continued(history, thoughts)
+        if self.place.compute == torch.float32:
+            return segment, grown.filled(ids)
+        with self._autocast():
+            return segment, continued(self.network, self.codec, history, thoughts)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         return latent_shape(self.network.config.latent, size)
