@@ -112,12 +112,19 @@ def measured_apart(case: str) -> dict[str, object]:
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scaled-down")
+    write_scaled_down(folder)
+    yield folder
+    (folder / "ema.safetensors").unlink()
+
+
 @pytest.mark.parametrize("case", CASES)
-def bench_loading(benchmark, tmp_path, case):
+def bench_loading(benchmark, folder, case):
     """Seconds from the page cache; the memory is in ``extra_info``."""
-    write_scaled_down(tmp_path)
     place = Placement(CPU, *CASES[case])
-    policy = benchmark.pedantic(load_bagel, (tmp_path, "", place), rounds=3)
+    policy = benchmark.pedantic(load_bagel, (folder, "", place), rounds=3)
     assert policy.network.vae2llm.weight.device == CPU
     if not benchmark.disabled:
         benchmark.extra_info.update(measured_apart(case))

@@ -12,13 +12,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from golden import DATA, SPECIAL, golden_checkpoint, write_tokenizer
+from golden import DATA, SPECIAL, as_published, write_byte_tokenizer
 from huggingface_hub import errors, snapshot_download
 from safetensors.torch import load_file, save, save_file
 from tiny import catalog, recipe
-from unigrpo_models.bagel.checkpoint import open_weights, read_weights
 from unigrpo_models.bagel.config import BagelConfig
-from unigrpo_models.bagel.network import BagelNetwork
 from unigrpo_models.bagel.policy import load_bagel
 from unigrpo_models.bagel.provider import PROVIDER, BagelOptions, notes
 from unigrpo_models.bagel.tokens import Codec
@@ -43,7 +41,7 @@ def place(compute=torch.float32, *train):
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
-    return golden_checkpoint(tmp_path_factory.mktemp("golden"))
+    return as_published(tmp_path_factory.mktemp("golden") / "BAGEL-tiny")
 
 
 @pytest.fixture
@@ -63,12 +61,6 @@ def changed(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def network_of(folder):
-    config = BagelConfig.read(folder)
-    with torch.device("meta"):
-        return BagelNetwork(config)
-
-
 def refused(folder):
     with pytest.raises(UserError) as caught:
         load_bagel(folder, "", place())
@@ -81,15 +73,28 @@ def refused(folder):
 def test_the_golden_folder_is_read(golden):
     config = BagelConfig.read(golden)
     assert (config.latent.space, config.latent.patch, config.latent.max_size) == ("flux", 2, 8)
-    codec = Codec.read(golden, 300, 512, "")
+    policy = load_bagel(golden, "", place())
+    codec = policy.codec
     assert (codec.bos, codec.eos, codec.image_start, codec.image_end) == (290, 291, 292, 293)
     assert codec.decode(codec.wrap("a lemon, ça va")[1:]) == "a lemon, ça va"
-    network = network_of(golden)
-    stored = open_weights(golden, network)
-    got = read_weights(stored, network, CPU, lambda name: torch.float32)
     expected = load_file(DATA / "weights.safetensors")
-    assert got.keys() == network.state_dict().keys()
-    assert all(torch.equal(x, expected[name].float()) for name, x in got.items())
+    state = policy.network.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(x, expected[name].float()) for name, x in state.items())
+
+
+def test_what_is_saved_of_the_golden_folder_is_what_it_was(golden, tmp_path):
+    """Every other file byte for byte, and every tensor; trained ones are float32."""
+    policy = load_bagel(golden, "", place(torch.float32, "image"))
+    policy.save(tmp_path)
+    names = {file.name for file in golden.iterdir()} - {"ema.safetensors"}
+    assert {"vit_config.json", "ae.safetensors", "merges.txt"} < names
+    assert all((tmp_path / name).read_bytes() == (golden / name).read_bytes() for name in names)
+    before, after = (load_file(at / "ema.safetensors") for at in (golden, tmp_path))
+    for name, x in before.items():
+        trained = policy.network.get_parameter(name).requires_grad
+        assert after[name].dtype == (torch.float32 if trained else x.dtype)
+        assert torch.equal(after[name].float(), x.float())
 
 
 def test_what_the_official_loader_overrides_is_ignored(folder):
@@ -202,6 +207,12 @@ def test_a_folder_without_a_checkpoint_says_what_one_has(tmp_path):
     assert "of these there is ema.safetensors; missing: llm_config.json, vit_config.json" in said
 
 
+def test_weights_in_several_files(folder):
+    (folder / "ema.safetensors").unlink()
+    (folder / "ema.safetensors.index.json").write_text("{}")
+    assert "holds its weights in several files" in refused(folder)
+
+
 def test_weights_that_are_not_there(folder):
     (folder / "ema.safetensors").unlink()
     assert refused(folder) == f"{folder} has no ema.safetensors"
@@ -221,7 +232,7 @@ def test_a_tokenizer_that_does_not_fit(golden, tmp_path):
         return str(caught.value)
 
     assert "has ids up to 299, but vocab_size in its llm_config.json is 299" in told(299)
-    write_tokenizer(folder, SPECIAL[:2])
+    write_byte_tokenizer(folder, list(SPECIAL)[:2])
     assert "lacks <|vision_start|>, <|vision_end|>, which BAGEL's has" in told()
     (folder / "tokenizer.json").write_text("{")
     assert "has no tokenizer that loads" in told()

@@ -39,6 +39,8 @@ def open_weights(folder: Path, network: BagelNetwork) -> Stored:
         UserError: the file is missing or damaged, or a tensor is missing, unexpected, misshapen or
             of whole numbers.
     """
+    if not (folder / WEIGHTS).exists() and (folder / f"{WEIGHTS}.index.json").exists():
+        raise UserError(f"{folder} holds its weights in several files; {WEIGHTS} in one is needed")
     stored = Stored(folder / WEIGHTS)
     wanted = {name: tuple(x.shape) for name, x in network.published().items()}
     found = stored.entries
