@@ -220,6 +220,15 @@ def test_weights_that_are_not_there(folder):
     assert note == f"the weights are not there yet: {folder / 'ema.safetensors'}"
 
 
+def test_an_autoencoder_that_is_not_there_or_damaged(golden, tmp_path):
+    folder = shutil.copytree(golden, tmp_path / "copy")
+    options = BagelOptions(checkpoint=str(folder))
+    (folder / "ae.safetensors").write_bytes(pointer(b""))
+    assert f"{folder / 'ae.safetensors'} is damaged: it is a Git-LFS pointer" in notes(options)[0]
+    (folder / "ae.safetensors").unlink()
+    assert notes(options) == (f"the autoencoder is not there yet: {folder / 'ae.safetensors'}",)
+
+
 # --- tokenizer --------------------------------------------------------------------------------
 
 
@@ -334,8 +343,8 @@ def downloaded(cache, checkpoint, revision="main"):
     return Path(shutil.copytree(checkpoint, repository / "snapshots" / "0123abc"))
 
 
-def test_a_hub_id_is_found_in_the_cache(cache, checkpoint):
-    snapshot = downloaded(cache, checkpoint)
+def test_a_hub_id_is_found_in_the_cache(cache, golden):
+    snapshot = downloaded(cache, golden)
     assert Path(snapshot_download(HUB, cache_dir=cache, local_files_only=True)) == snapshot
     for name in (HUB, f"{HUB}@main", f"{HUB}@0123abc"):
         assert local_folder(name, ()) == snapshot
@@ -345,13 +354,13 @@ def test_a_hub_id_is_found_in_the_cache(cache, checkpoint):
 
 
 @pytest.mark.parametrize("name", [HUB, f"{HUB}@v2"])
-def test_a_hub_id_that_is_not_there(cache, checkpoint, name):
+def test_a_hub_id_that_is_not_there(cache, golden, name):
     [note] = notes(BagelOptions(checkpoint=name))
     assert note.startswith(f"checkpoint {name!r} is not there yet: there is no such folder beside")
-    assert f"cache {cache} lacks llm_config.json, ema.safetensors" in note
+    assert f"cache {cache} lacks llm_config.json, vit_config.json, ema.safetensors, ae.saf" in note
     command = f"hf download {HUB}" + (" --revision v2" if "@" in name else "")
     assert f"`{command}`" in note
-    (downloaded(cache, checkpoint, "v2" if "@" in name else "main") / "ema.safetensors").unlink()
+    (downloaded(cache, golden, "v2" if "@" in name else "main") / "ema.safetensors").unlink()
     [note] = notes(BagelOptions(checkpoint=name))
     assert f"is not whole yet ({cache}" in note
     assert "lacks ema.safetensors." in note
@@ -385,11 +394,11 @@ def test_without_a_network_the_hub_s_library_is_asked_and_its_error_told(cache, 
     assert f"`hf download {HUB} --local-dir FOLDER`" in str(caught.value)
 
 
-def test_a_download_is_loaded(cache, checkpoint, monkeypatch):
+def test_a_download_is_loaded(cache, golden, monkeypatch):
     def fetch(name, **arguments):
         assert arguments["cache_dir"] == cache
-        assert {"ema.safetensors", "ae.safetensors", "merges.txt"} <= {*arguments["allow_patterns"]}
-        downloaded(cache, checkpoint)
+        assert {file.name for file in golden.iterdir()} <= {*arguments["allow_patterns"]}
+        downloaded(cache, golden)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     policy = PROVIDER.build(BagelOptions(checkpoint=HUB), place())
