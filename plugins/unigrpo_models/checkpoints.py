@@ -89,8 +89,9 @@ def local_folder(checkpoint: str, needed: Sequence[str]) -> Path:
 
 
 def fetched_folder(checkpoint: str, needed: Sequence[str], patterns: Sequence[str]) -> Path:
-    """The folder meant by a ``HubCheckpoint``; what is on the hub and not in the cache is
-    downloaded, of which the files that match ``patterns``.
+    """The folder meant by a ``HubCheckpoint``. Of what is on the hub, and not in the cache with all
+    files ``needed``, the files that match ``patterns`` are downloaded; whoever reads them says what
+    is missing then.
 
     Raises:
         UserError: it is not there, or cannot be downloaded; the message says what to do.
@@ -102,7 +103,7 @@ def fetched_folder(checkpoint: str, needed: Sequence[str], patterns: Sequence[st
         if match is None:
             raise
     _download(match, patterns)
-    return local_folder(checkpoint, needed)
+    return local_folder(checkpoint, ())
 
 
 def _download(match: re.Match[str], patterns: Sequence[str]) -> None:

@@ -108,17 +108,18 @@ class Stored:
             done += count
         return buffer
 
-    def read_into(self, name: str, buffer: Any) -> None:
-        """Fills a writable buffer of bytes, as large as the tensor, with its data."""
-        self._file.seek(self.entries[name].start)
+    def read_into(self, name: str, buffer: Any, begin: int = 0) -> None:
+        """Fills a writable buffer with the tensor's bytes, from its byte ``begin`` on."""
+        self._file.seek(self.entries[name].start + begin)
         self._read(buffer)
 
-    def chunks(self, name: str) -> Iterator[bytes]:
+    def chunks(self, name: str) -> Iterator[bytearray]:
         """The tensor's bytes, piece by piece."""
         entry = self.entries[name]
         for done in range(0, entry.size, CHUNK):
-            self._file.seek(entry.start + done)
-            yield bytes(self._read(bytearray(min(CHUNK, entry.size - done))))
+            piece = bytearray(min(CHUNK, entry.size - done))
+            self.read_into(name, piece, done)
+            yield piece
 
 
 def _entry(value: Mapping[str, Any], data: int) -> Entry:

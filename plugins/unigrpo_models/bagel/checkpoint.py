@@ -25,6 +25,7 @@ TYPES = {
     "BF16": torch.bfloat16,
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
+BUFFER = 1 << 24  # bytes
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -38,6 +39,8 @@ def open_weights(folder: Path, network: BagelNetwork) -> Stored:
         UserError: the file is missing or damaged, or a tensor is missing, unexpected, misshapen or
             of whole numbers.
     """
+    if not (folder / WEIGHTS).exists() and (folder / f"{WEIGHTS}.index.json").exists():
+        raise UserError(f"{folder} holds its weights in several files; {WEIGHTS} in one is needed")
     stored = Stored(folder / WEIGHTS)
     wanted = {name: tuple(x.shape) for name, x in network.published().items()}
     found = stored.entries
@@ -59,13 +62,29 @@ def open_weights(folder: Path, network: BagelNetwork) -> Stored:
     return stored
 
 
-def read_tensor(stored: Stored, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One tensor. Where the CPU takes the file's own type nothing is copied; elsewhere the host
-    holds this one tensor for as long as the copy takes."""
-    entry = stored.entries[name]
-    read = torch.empty(entry.shape, dtype=TYPES[entry.dtype])
-    stored.read_into(name, read.view(-1).view(torch.uint8).numpy())
-    return read.to(device, dtype)
+class _Reader:
+    """Fills tensors from a file. Into the CPU's memory, in the file's own type, the data are read
+    where they stay; everything else goes through one buffer, so that the host holds no second
+    copy of a large tensor."""
+
+    def __init__(self, stored: Stored, device: torch.device) -> None:
+        self.stored = stored
+        pinned = device.type == "cuda"
+        self.buffer = torch.empty(BUFFER, dtype=torch.uint8, pin_memory=pinned)
+
+    def fill(self, name: str, x: Tensor) -> None:
+        """Fills a contiguous tensor of the right shape, of any type and place."""
+        kind = TYPES[self.stored.entries[name].dtype]
+        flat = x.view(-1)
+        if x.device.type == "cpu" and x.dtype == kind:
+            self.stored.read_into(name, flat.view(torch.uint8).numpy().data)
+            return
+        room = self.buffer.view(kind)
+        for start in range(0, len(flat), len(room)):
+            part = room[: len(flat) - start]
+            data = part.view(torch.uint8).numpy().data
+            self.stored.read_into(name, data, start * kind.itemsize)
+            flat[start : start + len(part)].copy_(part)
 
 
 def read_weights(
@@ -75,14 +94,20 @@ def read_weights(
     dtype_of: Callable[[str], torch.dtype],
 ) -> dict[str, Tensor]:
     """What the network has of the weights, straight to their device and type."""
-    return {name: read_tensor(stored, name, device, dtype_of(name)) for name in network.published()}
+    reader, state = _Reader(stored, device), {}
+    for name, like in network.published().items():
+        state[name] = torch.empty(like.shape, dtype=dtype_of(name), device=device)
+        reader.fill(name, state[name])
+    return state
 
 
 def overwrite_weights(stored: Stored, network: BagelNetwork) -> None:
     """Takes the weights over in place, so that there are never two of them."""
+    state = network.published()
+    reader = _Reader(stored, next(iter(state.values())).device)
     with torch.no_grad():
-        for name, x in network.published().items():
-            x.copy_(read_tensor(stored, name, x.device, x.dtype))
+        for name, x in state.items():
+            reader.fill(name, x)
 
 
 # --- writing ----------------------------------------------------------------------------------

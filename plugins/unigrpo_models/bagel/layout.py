@@ -17,10 +17,8 @@ COMPANIONS = (
 )
 """What stands beside the weights."""
 FILES = (*COMPANIONS, WEIGHTS)
-NEEDED = (CONFIG, WEIGHTS)
-"""Without these nothing can start."""
-MAIN = (CONFIG, "vit_config.json", WEIGHTS, AUTOENCODER, "tokenizer.json", "tokenizer_config.json")
-"""What a published folder has, for messages."""
+MAIN = (CONFIG, "vit_config.json", WEIGHTS, AUTOENCODER, "tokenizer_config.json")
+"""What every published folder has: without one of them a download was cut off."""
 
 EYES = ("vit_model.", "connector.", "vit_pos_embed.")
 """How the names of the tensors begin that are only for looking at images."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Field, Options, Placement, Provider
-from unigrpo_models.bagel.layout import FILES, NEEDED, WEIGHTS
+from unigrpo_models.bagel.layout import AUTOENCODER, FILES, MAIN, WEIGHTS
 from unigrpo_models.checkpoints import HubCheckpoint, fetched_folder, local_folder
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def build(options: BagelOptions, place: Placement) -> BagelPolicy:
         targets = {expert: names for expert, names in asked.items() if names}
         lora = Lora(options.lora_rank, options.lora_alpha or 2 * options.lora_rank, targets)
     return load_bagel(
-        fetched_folder(options.checkpoint, NEEDED, FILES),
+        fetched_folder(options.checkpoint, MAIN, FILES),
         options.system_prompt,
         place,
         lora=lora,
@@ -80,14 +80,17 @@ def notes(options: BagelOptions) -> Sequence[str]:
     from unigrpo_models.stored import Stored
 
     try:
-        folder = local_folder(options.checkpoint, NEEDED)
-        BagelConfig.read(folder)
-        if (folder / WEIGHTS).exists():
-            Stored(folder / WEIGHTS).close()
-            return ()
+        folder = local_folder(options.checkpoint, MAIN)
+        files = {WEIGHTS: "weights are"}
+        if BagelConfig.read(folder).latent.space == "flux":
+            files[AUTOENCODER] = "autoencoder is"
+        there = [folder / name for name in files if (folder / name).exists()]
+        for file in there:
+            Stored(file).close()
     except UserError as error:
         return (str(error),)
-    return (f"the weights are not there yet: {folder / WEIGHTS}",)
+    missing = {folder / name: what for name, what in files.items() if folder / name not in there}
+    return tuple(f"the {what} not there yet: {file}" for file, what in missing.items())
 
 
 def account(options: BagelOptions, load: Workload) -> Account:
