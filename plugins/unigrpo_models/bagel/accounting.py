@@ -303,13 +303,20 @@ def replay(
     if train:
         passes += 1 + recompute
         text, image = "text" in train, "image" in train
-        reached = text and (states or (context_gradient and points > 0))
         through = 1 if "text" in lora else 2
-        if reached:
+        if text and (states or (context_gradient and points > 0)):
             flops += through * (text_flops + head) + attention_backward * text_pairs * pair
         if points and (image or (text and context_gradient)):
-            flops += (2 if image and "image" not in lora else 1) * gen
-            flops += (through if text and context_gradient else 1) * und
+            images, ends = rows * points, _image_end_macs(config)
+            if text and context_gradient:
+                flops += through * und
+            else:  # nothing flows to the first layer's inputs
+                flops += und - 2 * images * BOUNDARY * (layer.kv + (layer.q if layers > 1 else 0))
+            if image and "image" not in lora:
+                time = TIME_WIDTH * llm.hidden_size  # its input, like the latents, has no gradient
+                flops += 2 * gen - 2 * images * (latent_tokens * ends[1] + time)
+            else:
+                flops += gen - 2 * images * (latent_tokens * ends[1] + ends[0])
             flops += attention_backward * seen
         if recompute:
             flops += body
