@@ -45,8 +45,8 @@ def account(tmp_path, checkpoint):
     [
         (WHOLE, "steps=2"),
         (WHOLE, GUIDED, ANCHORED, "steps=2"),
-        (SPLIT, GUIDED, ANCHORED),
-        (SPLIT, GUIDED, "updates={count=2, data='repeat'}", "text.regularizers=[]"),
+        (SPLIT, GUIDED, ANCHORED, "prompts=2"),
+        (SPLIT, GUIDED, "prompts=2", "updates={count=2, data='repeat'}", "text.regularizers=[]"),
         (
             WHOLE,
             GUIDED,
