@@ -158,22 +158,21 @@ class Workload:
         sampling, unguided = self._sampled(window, guided)
         share = self.rows // self.updates if self.disjoint else self.rows
 
-        def replayed(rows: int, *, first: bool = False) -> float:
-            batches = self.micro_batches(rows, image_tokens) if self.points and rows else ()
-            return sum(
-                batch.rows * self._cost(batch.columns, window, guided)
-                for batch in batches[: 1 if first else None]
-            )
+        def cut(rows: int) -> tuple[MicroBatch, ...]:
+            return self.micro_batches(rows, image_tokens) if self.points and rows else ()
 
-        reference = self.reference_image
+        def cost(batches: Sequence[MicroBatch]) -> float:
+            return sum(b.rows * self._cost(b.columns, window, guided) for b in batches)
+
+        everyone = cut(self.rows) if self.reference_image else ()
         return Calls(
             sampling=sampling,
-            old=(self.updates - 1) * replayed(share) if self.disjoint else 0.0,
-            reference=replayed(self.rows) if reference else 0.0,
-            update=self.updates * replayed(share),
-            again=replayed(share, first=True),
+            old=(self.updates - 1) * cost(cut(share)) if self.disjoint else 0.0,
+            reference=cost(everyone),
+            update=self.updates * cost(cut(share)),
+            again=cost(cut(share)[:1]),
             unguided=unguided,
-            first_step=replayed(self.rows, first=True) if reference else 0.0,
+            first_step=cost(cut(everyone[0].rows)) if everyone else 0.0,
         )
 
     def _cost(self, columns: range, window: Sequence[int], guided: Sequence[bool]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unigrpo_core.catalog import load_catalog
 from unigrpo_core.cli.installed import Catalogs, warned
 from unigrpo_core.cli.text import add_json, add_set, as_json
-from unigrpo_core.errors import PluginError
+from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.recipe import (
     Origin,
     Problem,
@@ -88,8 +88,9 @@ def _memory(report: Report, resolved: Resolved, arguments: argparse.Namespace) -
 
     try:
         account = memory.take(resolved, arguments.prompt_tokens)
-    except PluginError as error:
-        problem = Problem(Origin(report.file), "policy", str(error), plugin=True)
+    except UserError as error:
+        wrong = isinstance(error, PluginError)
+        problem = Problem(Origin(report.file), "policy", str(error), plugin=wrong)
         report = replace(report, code=error.exit_code, problems=(problem,))
         if not arguments.json:
             print(problem, flush=True)

@@ -22,17 +22,17 @@ def take(resolved: Resolved, prompt_tokens: int) -> Account | str:
     """The account of the recipe's policy, or why there is none.
 
     Raises:
+        UserError: the recipe and the policy's sizes do not fit.
         PluginError: the policy's provider fails.
     """
     slot = resolved.recipe.policy
     account = slot.component.provider.account
     if account is None:
         return f"{slot.who} has no account of what it takes (see docs/plugins.md, Provider.account)"
+    load = workload(resolved.recipe, prompt_tokens)
     try:
-        found = account(slot.options, workload(resolved.recipe, prompt_tokens))
-    except (UserError, KeyboardInterrupt) as error:
-        if isinstance(error, UserError) and not isinstance(error, PluginError):
-            return str(error)
+        found = account(slot.options, load)
+    except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise PluginError(f"{slot.who} cannot give its account: {said(error)}") from error

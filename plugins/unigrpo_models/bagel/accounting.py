@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from unigrpo_core.workload import Work
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig
@@ -79,8 +79,9 @@ class _Layer:
 def parameters(config: BagelConfig) -> Mapping[str, int]:
     """How many parameters each part has: "text" (the understanding expert's layers and final norm),
     "embedding", "head", "image" (the generation expert's layers and final norm, the time embedder
-    and both latent projections), "tables" (fixed, never trained), "vision" (the image encoder)."""
-    llm, latent = config.llm, config.latent
+    and both latent projections), "tables" (fixed, never trained), "vision" (the image encoder with
+    its connector; 0 where the model has none)."""
+    llm, latent, eye = config.llm, config.latent, getattr(config, "vit", None)
     width, token = llm.hidden_size, latent.token_width
     expert = llm.num_hidden_layers * _Layer.of(llm).parameters + width
     return {
@@ -88,9 +89,18 @@ def parameters(config: BagelConfig) -> Mapping[str, int]:
         "embedding": llm.vocab_size * width,
         "head": llm.vocab_size * width,
         "image": expert + _image_ends(width, token),
-        "tables": latent.max_size**2 * width,
-        "vision": 0,
+        "tables": latent.max_size**2 * width + (0 if eye is None else eye.side**2 * width),
+        "vision": 0 if eye is None else _eye(eye, width),
     }
+
+
+def _eye(vit: Any, width: int) -> int:
+    """Parameters of the image encoder and the connector behind it."""
+    v, inner = vit.hidden_size, vit.intermediate_size
+    layer = 4 * (v * v + v) + 4 * v + 2 * inner * v + inner + v
+    patches = 3 * vit.patch_size**2 * v + v + vit.side**2 * v
+    connector = v * width + width + width * width + width
+    return int(patches + vit.layers * layer + 2 * v + connector)
 
 
 def _image_ends(width: int, token: int) -> int:
@@ -157,8 +167,9 @@ def activation_bytes(
     the outputs of matrix products and attention; with "full" the inputs; in these two also all of
     the one layer that is being computed again. Weights that autocast has cast are not in it.
 
-    With an ``itemsize`` of 4 all is float32; with 2 what autocast computes in bfloat16 is, while
-    the sum that runs through the layers and the inputs of norms stay float32.
+    Of adapters on all matrices about as much is kept. With an ``itemsize`` of 4 all is float32;
+    with 2 what autocast computes in bfloat16 is, while the sum that runs through the layers and the
+    inputs of norms stay float32.
     """
     llm = config.llm
     width, inner, (a, b) = llm.hidden_size, llm.intermediate_size, _attention_widths(llm)
@@ -303,13 +314,20 @@ def replay(
     if train:
         passes += 1 + recompute
         text, image = "text" in train, "image" in train
-        reached = text and (states or (context_gradient and points > 0))
         through = 1 if "text" in lora else 2
-        if reached:
+        if text and (states or (context_gradient and points > 0)):
             flops += through * (text_flops + head) + attention_backward * text_pairs * pair
         if points and (image or (text and context_gradient)):
-            flops += (2 if image and "image" not in lora else 1) * gen
-            flops += (through if text and context_gradient else 1) * und
+            images, ends = rows * points, _image_end_macs(config)
+            if text and context_gradient:
+                flops += through * und
+            else:  # nothing flows to the first layer's inputs
+                flops += und - 2 * images * BOUNDARY * (layer.kv + (layer.q if layers > 1 else 0))
+            if image and "image" not in lora:
+                time = TIME_WIDTH * llm.hidden_size  # its input, like the latents, has no gradient
+                flops += 2 * gen - 2 * images * (latent_tokens * ends[1] + time)
+            else:
+                flops += gen - 2 * images * (latent_tokens * ends[1] + ends[0])
             flops += attention_backward * seen
         if recompute:
             flops += body
