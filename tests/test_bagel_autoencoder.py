@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_words import DATA
+from golden import DATA
 from safetensors.torch import load_file, save_file
 from unigrpo_models.bagel.autoencoder import Autoencoder, Sizes, read_autoencoder
 

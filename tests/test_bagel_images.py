@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from golden_words import DATA, golden_folder, words
+from golden import DATA, golden_folder, words
 from PIL import Image
 from safetensors.torch import load_file
 from unigrpo_methods.guidance.cfg import CFG, CFGOptions
