@@ -34,16 +34,19 @@ to compute again, bit for bit."""
 def recomputed(mode: Checkpointing, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``run(*args, **kwargs)``, of which the backward keeps the arguments only ("full"), or also
     what products and attention gave ("selective")."""
-    if mode == "full":
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-    return checkpoint(
-        run,
-        *args,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=partial(create_selective_checkpoint_contexts, _choose),
-        **kwargs,
-    )
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _choose)
+    return checkpoint(partial(_without_memory, run), *args, **options, **kwargs)
+
+
+def _without_memory(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The pass with every cast of autocast made anew: what it remembers of earlier passes is gone
+    in the backward, which has to do the same operations."""
+    device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+    on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    with torch.autocast(device, dtype, enabled=on, cache_enabled=False):
+        return run(*args, **kwargs)
 
 
 def _choose(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
