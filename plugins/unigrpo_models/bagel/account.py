@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from unigrpo_core.errors import UserError
 from unigrpo_core.workload import Account, Calls, Held, Memory, MicroBatch, Work, Workload
 from unigrpo_models.bagel import accounting
-from unigrpo_models.bagel.accounting import BOUNDARY
+from unigrpo_models.bagel.accounting import BOUNDARY, LORA_MODULES
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.checkpoints import checkpoint_folder
 
@@ -56,12 +56,14 @@ class _Adapters:
 
 
 def _adapters(options: BagelOptions) -> _Adapters:
+    """Those on the layers' matrices; the few that may be elsewhere weigh next to nothing."""
     named = {expert: getattr(options, f"lora_{expert}", ()) for expert in ("text", "image")}
-    plain = {
-        expert: tuple(name.split(".")[-1].removesuffix("_moe_gen") for name in names)
+    ends = {
+        expert: [name.split(".")[-1].removesuffix("_moe_gen") for name in names]
         for expert, names in named.items()
     }
-    return _Adapters(getattr(options, "lora_rank", 0), plain)
+    known = {e: tuple(n for n in names if n in LORA_MODULES) for e, names in ends.items()}
+    return _Adapters(getattr(options, "lora_rank", 0), known)
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,9 @@ class _Counted:
 
     def _micro_batch(self) -> str:
         batch = max(self._batches(), key=self._kept)
-        images = f" with {len(batch.columns)} images each" if batch.columns else ""
-        return f"{batch.rows} contexts{images}, checkpointing {self.load.checkpointing!r}"
+        images = f" with {len(batch.columns)} points each" if batch.columns else ""
+        contexts = "1 context" if batch.rows == 1 else f"{batch.rows} contexts"
+        return f"{contexts}{images}, checkpointing {self.load.checkpointing!r}"
 
     def _activations(self) -> float:
         return max(map(self._kept, self._batches())) if self.load.train else 0.0
