@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +225,16 @@ def test_the_floors_of_a_planned_step(tmp_path):
     assert "nowhere is not there yet" in found["assumptions"][0]
     weights = {part["name"]: part["bytes"] for part in found["memory"]}
     assert weights["optimizer"] == pytest.approx(113.2e9, rel=1e-3)
+
+
+def test_the_account_that_the_docs_show(tmp_path, checkpoint):
+    page = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
+    [block] = [b for b in page.split("```") if b.startswith("python\n") and "def account" in b]
+    names = {}
+    exec(block.removeprefix("python\n"), names)
+    found = names["account"](None, workload(tiny.recipe(tmp_path, checkpoint).recipe, PROMPT))
+    assert found.total == 16 * names["PARAMETERS"]
+    assert found.work["denoising"].flops == 48 * 2 * names["PARAMETERS"] * names["LATENTS"]
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from unigrpo_core.workload import Account, Calls, Work
 PEAKS = (790e12, 4.3e12)
 """FLOP/s of bfloat16 matrix products and bytes/s of a copy, measured once on one H200."""
 
-UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
+UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def take(resolved: Resolved, prompt_tokens: int) -> Account | str:
@@ -150,8 +150,6 @@ def _bytes(count: float) -> str:
 
 
 def _scaled(value: float, unit: str) -> str:
-    """The value with three digits or so, in thousands of its unit."""
-    for size, letter in UNITS:
-        if value >= size:
-            return f"{value / size:,.{1 if value < 1e15 else 0}f} {letter}{unit}"
-    return f"0 {unit}"
+    """The value with one decimal, in the largest thousand of its unit that it has."""
+    size, letter = next((u for u in UNITS if value >= u[0]), (1, ""))
+    return f"{value / size:,.1f} {letter}{unit}" if letter else f"{value:.0f} {unit}"

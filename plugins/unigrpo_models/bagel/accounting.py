@@ -120,7 +120,8 @@ def owned(config: BagelConfig, expert: str) -> int:
 def adapter_parameters(
     config: BagelConfig, rank: int, modules: Collection[str] = LORA_MODULES
 ) -> int:
-    """The parameters of low-rank adapters of one expert: rank x (in + out) for each matrix."""
+    """The parameters of low-rank adapters of one expert: rank x (in + out) for each matrix of its
+    layers. Adapters on others, the few at its ends, weigh next to nothing and are left out."""
     llm = config.llm
     width, inner, (a, b) = llm.hidden_size, llm.intermediate_size, _attention_widths(llm)
     sides = {
@@ -132,7 +133,7 @@ def adapter_parameters(
         "up_proj": width + inner,
         "down_proj": inner + width,
     }
-    return llm.num_hidden_layers * rank * sum(sides[name] for name in set(modules))
+    return llm.num_hidden_layers * rank * sum(sides.get(name, 0) for name in set(modules))
 
 
 def trained_parameters(
