@@ -246,10 +246,10 @@ def test_uniforms_shared_across_episodes(stopped, monkeypatch):
 
 @pytest.mark.parametrize("rate", ["1e-6", "1e-2"])
 def test_weights_too_coarse_for_their_learning_rate(monkeypatch, tmp_path, checkpoint, rate):
-    original = bagel.read_weights
+    original = bagel.read_tensors
     monkeypatch.setattr(
         bagel,
-        "read_weights",
+        "read_tensors",
         lambda *arguments: {name: x.bfloat16() for name, x in original(*arguments).items()},
     )
     resolved = recipe(tmp_path, checkpoint, f"text.lr={rate}", "train=['text']")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any
 
 from unigrpo_core.interfaces import Guidance, Scheduler, Window
 from unigrpo_core.keys import Key
@@ -60,13 +59,9 @@ def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
         rollout_images=compute.rollout_images or compute.rollout_rows,
         replay_tokens=compute.replay_tokens,
         precision=compute.precision,
-        checkpointing=_stated(compute, "checkpointing", "none"),
-        reference_on=_stated(compute, "reference", "device"),
+        checkpointing=compute.checkpointing,
+        reference_on=compute.reference,
     )
-
-
-def _stated(table: Any, key: str, default: Any) -> Any:
-    return getattr(table, key, default)
 
 
 def _anchored(slots: Sequence[RegularizerSlot]) -> bool:

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unigrpo_core.errors import UserError
+from unigrpo_models.bagel.layout import AUTOENCODER
+from unigrpo_models.reading import check_fit, read, shapes_of
+from unigrpo_models.stored import Stored
 
-AUTOENCODER = "ae.safetensors"
+FOREIGN = "is no FLUX autoencoder"
 SCALE, SHIFT = 0.3611, 0.1159
 FACTOR = 8
 PIXELS = 2**20  # decoded at once
@@ -233,49 +235,32 @@ def read_autoencoder(
         UserError: the file is missing or damaged, a tensor is missing, unexpected or misshapen, or
             the latents have not ``channels`` channels or are not 8 times smaller than the image.
     """
-    path = folder / AUTOENCODER
+    if not (folder / AUTOENCODER).exists():
+        raise UserError(f"{folder} has no {AUTOENCODER}, which decodes what this model draws")
+    stored = Stored(folder / AUTOENCODER)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            autoencoder = _empty(path, shapes)
-            if autoencoder.sizes.latent != channels or len(autoencoder.sizes.widths) != 4:
-                raise UserError(
-                    f"{path}: latents of {autoencoder.sizes.latent} channels, "
-                    f"{2 ** (len(autoencoder.sizes.widths) - 1)} times smaller than the image; "
-                    f"the model takes {channels} channels, {FACTOR} times smaller"
-                )
-            state = {name: file.get_tensor(name).to(dtype) for name in shapes}
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} has no {AUTOENCODER}, which decodes what this model draws"
-        ) from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        autoencoder = _empty(stored)
+        sizes, wanted = autoencoder.sizes, shapes_of(autoencoder.state_dict())
+        check_fit(stored, wanted, FOREIGN)
+        if sizes.latent != channels or len(sizes.widths) != 4:
+            factor = 2 ** (len(sizes.widths) - 1)
+            raise UserError(
+                f"{stored.path}: latents of {sizes.latent} channels, {factor} times smaller than "
+                f"the image; the model takes {channels} channels, {FACTOR} times smaller"
+            )
+        state = read(stored, wanted, device, lambda name: dtype)
+    finally:
+        stored.close()
     autoencoder.load_state_dict(state, assign=True)
     return autoencoder.requires_grad_(False)
 
 
-def _empty(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Autoencoder:
-    """An autoencoder without weights for tensors of these shapes, all of them and no others."""
+def _empty(stored: Stored) -> Autoencoder:
+    """An autoencoder without weights, of the sizes that a file's tensors tell."""
     try:
         with torch.device("meta"):
-            autoencoder = Autoencoder(Sizes.of(shapes))
+            return Autoencoder(Sizes.of({name: x.shape for name, x in stored.entries.items()}))
     except KeyError as error:
-        raise UserError(f"{path} is no FLUX autoencoder: missing {error.args[0]}") from error
+        raise UserError(f"{stored.path} {FOREIGN}: missing {error.args[0]}") from error
     except (IndexError, ValueError) as error:
-        raise UserError(f"{path} is no FLUX autoencoder: {error}") from error
-    wanted = {name: tuple(x.shape) for name, x in autoencoder.state_dict().items()}
-    problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - shapes.keys())]
-    problems += [f"unexpected {name}" for name in sorted(shapes.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {shapes[name]}, expected {wanted[name]}"
-        for name in sorted(wanted.keys() & shapes.keys())
-        if wanted[name] != shapes[name]
-    ]
-    if problems:
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        listed = "\n  ".join(problems[:8])
-        raise UserError(f"{path} is no FLUX autoencoder:\n  {listed}{more}")
-    return autoencoder
+        raise UserError(f"{stored.path} {FOREIGN}: {error}") from error

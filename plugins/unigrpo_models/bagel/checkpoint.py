@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,19 +16,10 @@ from unigrpo_core.errors import UserError
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.layout import COMPANIONS, EYES, WEIGHTS
 from unigrpo_models.bagel.network import BagelNetwork
+from unigrpo_models.reading import TYPES, check_fit, shapes_of
 from unigrpo_models.stored import Stored, write_header
 
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
-BUFFER = 1 << 24  # bytes
-
-
-# --- reading ----------------------------------------------------------------------------------
 
 
 def open_weights(folder: Path, network: BagelNetwork) -> Stored:
@@ -42,75 +33,9 @@ def open_weights(folder: Path, network: BagelNetwork) -> Stored:
     if not (folder / WEIGHTS).exists() and (folder / f"{WEIGHTS}.index.json").exists():
         raise UserError(f"{folder} holds its weights in several files; {WEIGHTS} in one is needed")
     stored = Stored(folder / WEIGHTS)
-    wanted = {name: tuple(x.shape) for name, x in network.published().items()}
-    found = stored.entries
-    problems = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
-    problems += [
-        f"unexpected {name}"
-        for name in sorted(found.keys() - wanted.keys())
-        if not name.startswith(EYES)
-    ]
-    for name in sorted(wanted.keys() & found.keys()):
-        if found[name].shape != wanted[name]:
-            problems.append(f"{name} is {found[name].shape}, expected {wanted[name]}")
-        elif found[name].dtype not in TYPES:
-            problems.append(f"{name} is of type {found[name].dtype}, expected {' or '.join(TYPES)}")
-    if problems:
-        listed = "\n  ".join(problems[:8])
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(f"{stored.path} does not fit its llm_config.json:\n  {listed}{more}")
+    wanted = shapes_of(network.published())
+    check_fit(stored, wanted, "does not fit its llm_config.json", spare=EYES)
     return stored
-
-
-class _Reader:
-    """Fills tensors from a file. Into the CPU's memory, in the file's own type, the data are read
-    where they stay; everything else goes through one buffer, so that the host holds no second
-    copy of a large tensor."""
-
-    def __init__(self, stored: Stored, device: torch.device) -> None:
-        self.stored = stored
-        pinned = device.type == "cuda"
-        self.buffer = torch.empty(BUFFER, dtype=torch.uint8, pin_memory=pinned)
-
-    def fill(self, name: str, x: Tensor) -> None:
-        """Fills a contiguous tensor of the right shape, of any type and place."""
-        kind = TYPES[self.stored.entries[name].dtype]
-        flat = x.view(-1)
-        if x.device.type == "cpu" and x.dtype == kind:
-            self.stored.read_into(name, flat.view(torch.uint8).numpy().data)
-            return
-        room = self.buffer.view(kind)
-        for start in range(0, len(flat), len(room)):
-            part = room[: len(flat) - start]
-            data = part.view(torch.uint8).numpy().data
-            self.stored.read_into(name, data, start * kind.itemsize)
-            flat[start : start + len(part)].copy_(part)
-
-
-def read_weights(
-    stored: Stored,
-    network: BagelNetwork,
-    device: torch.device,
-    dtype_of: Callable[[str], torch.dtype],
-) -> dict[str, Tensor]:
-    """What the network has of the weights, straight to their device and type."""
-    reader, state = _Reader(stored, device), {}
-    for name, like in network.published().items():
-        state[name] = torch.empty(like.shape, dtype=dtype_of(name), device=device)
-        reader.fill(name, state[name])
-    return state
-
-
-def overwrite_weights(stored: Stored, network: BagelNetwork) -> None:
-    """Takes the weights over in place, so that there are never two of them."""
-    state = network.published()
-    reader = _Reader(stored, next(iter(state.values())).device)
-    with torch.no_grad():
-        for name, x in state.items():
-            reader.fill(name, x)
-
-
-# --- writing ----------------------------------------------------------------------------------
 
 
 def write_checkpoint(

@@ -110,7 +110,13 @@ class BagelConfig(BaseModel):
                 num_attention_heads=28,
                 num_key_value_heads=4,
                 rope_theta=1e6,
-            )
+            ),
+            vit=VitConfig(
+                hidden_size=1152,
+                intermediate_size=4304,
+                num_attention_heads=16,
+                num_hidden_layers=27,
+            ),
         )
 
     @classmethod

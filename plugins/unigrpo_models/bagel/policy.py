@@ -18,7 +18,7 @@ from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Sampling, TextSegment
 from unigrpo_models.adapters import Lora
 from unigrpo_models.bagel.autoencoder import Autoencoder, read_autoencoder
-from unigrpo_models.bagel.checkpoint import open_weights, read_weights
+from unigrpo_models.bagel.checkpoint import open_weights
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.contexts import continued, read, unconditional
 from unigrpo_models.bagel.decoding import decode_texts
@@ -30,6 +30,8 @@ from unigrpo_models.bagel.replay import ReplayRoot, image_velocity
 from unigrpo_models.bagel.tokens import Codec
 from unigrpo_models.bagel.trained import TrainedWeights, type_of
 from unigrpo_models.compiled import compile_units
+from unigrpo_models.reading import read as read_tensors
+from unigrpo_models.reading import shapes_of
 from unigrpo_models.stored import Stored
 
 TextBranch = Literal["system", "empty"]
@@ -248,7 +250,8 @@ def load_bagel(
     with torch.device("meta"):
         network = BagelNetwork(config)
     stored = open_weights(folder, network)
-    state = read_weights(stored, network, place.device, lambda name: type_of(name, place, lora))
+    wanted = shapes_of(network.published())
+    state = read_tensors(stored, wanted, place.device, lambda name: type_of(name, place, lora))
     network.load_state_dict(state, assign=True)
     return BagelPolicy(
         network,

@@ -135,7 +135,10 @@ class Codec:
         """bool [V]: what may be sampled: every ordinary token, and the end of the text."""
         mask = torch.zeros(self.vocab_size, dtype=torch.bool)
         mask[: len(self.tokenizer)] = True
-        mask[[*self.tokenizer.all_special_ids, self.bos, self.image_start, self.image_end]] = False
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = [number for number, token in added if token.special]
+        special += [*self.tokenizer.all_special_ids, self.bos, self.image_start, self.image_end]
+        mask[special] = False
         mask[self.eos] = True
         return mask.to(device)
 

@@ -14,9 +14,10 @@ from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Placement
 from unigrpo_models.adapters import CONFIG as ADAPTERS
 from unigrpo_models.adapters import Adapters, Lora
-from unigrpo_models.bagel.checkpoint import open_weights, overwrite_weights, write_checkpoint
+from unigrpo_models.bagel.checkpoint import open_weights, write_checkpoint
 from unigrpo_models.bagel.layout import WEIGHTS
 from unigrpo_models.bagel.network import BagelNetwork
+from unigrpo_models.reading import read_over
 from unigrpo_models.stored import Stored
 from unigrpo_models.weights import WeightSets
 
@@ -130,5 +131,5 @@ class TrainedWeights:
             self._network.requires_grad_(False)
         if self._adapters is None or (folder / WEIGHTS).exists():
             stored = open_weights(folder, self._network)
-            overwrite_weights(stored, self._network)
+            read_over(stored, self._network.published())
             self._stored = stored
