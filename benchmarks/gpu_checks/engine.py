@@ -63,7 +63,6 @@ guidance = {{ use = "none" }}
 [compute]
 device = "{device}"
 precision = "{precision}"
-threads = 0
 replay_tokens = {budget}
 """
 
@@ -89,7 +88,7 @@ def reduced(bench: Bench, scale: Scale) -> Setup:
         height=height,
         width=width,
         window=list(range(scale.window)),
-        budget=2 * scale.short + scale.window * (scale.latent_tokens("small") + 2),  # one chain
+        budget=scale.context + scale.window * (scale.latent_tokens("small") + 2),  # one chain
         device=bench.device,
         precision="bf16" if scale.compute == torch.bfloat16 else "float32",
     )

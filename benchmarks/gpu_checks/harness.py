@@ -24,6 +24,13 @@ from unigrpo_models.bagel.accounting import Work
 from unigrpo_core.engine.faults import no_memory
 
 NOTHING = Work()
+PLAIN = frozenset(
+    {
+        *("case", "config", "status", "ms", "p10", "p90", "calls", "peak_gb"),
+        *("flop", "gb", "tflop_s", "gb_s", "floor_ms", "share_burst", "share_sustained"),
+    }
+)
+"""What every measured row has."""
 
 
 class UnavailableError(Exception):
@@ -277,12 +284,14 @@ def shown(row: Mapping[str, Any]) -> str:
         told = rest.pop("reason", None) or json.dumps(rest)
         return f"{head} | {row.get('status') or 'note'} | {told}"
     share = row["share_burst"]
+    more = {name: value for name, value in row.items() if name not in PLAIN}
     parts = [
         f"{row['ms']:.4g} ms ({row['p10']:.4g}-{row['p90']:.4g})",
         row["tflop_s"] and f"{row['tflop_s']:.4g} TFLOP/s",
         row["gb_s"] and f"{row['gb_s']:.4g} GB/s",
         share and f"{share:.0%} of burst, {row['share_sustained']:.0%} of sustained",
         f"{row['peak_gb']:.3g} GB",
+        json.dumps(more) if more else "",
     ]
     return " | ".join([head, *filter(None, parts)])
 
@@ -297,4 +306,6 @@ def _short(value: Any) -> Any:
         return float(f"{value:.6g}") if np.isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: _short(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_short(inner) for inner in value]
     return value

@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # as the engine does by default
     bench = Bench(device, out, scale.pace, "header")
     bench.write(status="note", model=scale.name, budget_s=options.budget, **about)
     chosen = [

@@ -92,13 +92,13 @@ def phases_of(
 
     most = max(scale.images[size])
     image = velocity(config, most, tokens, scale.context, itemsize=itemsize) * (1 / most)
-    forward = work_of(scale, 1, size)
+    forward, together = work_of(scale, 1, size), max(1, round(prompts))
     return [
         phase(
             "prefill",
             prompts,
             seen("prefill"),
-            prefill(config, 1, scale.prompt, itemsize=itemsize),
+            prefill(config, together, scale.prompt, itemsize=itemsize) * (1 / together),
         ),
         phase(
             "decode",
