@@ -7,6 +7,7 @@ ends its own entry only.
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import signal
@@ -235,6 +236,7 @@ class Bench:
                 case.run(self)
         except TimeLimit:
             self.skip("", f"time limit: {limit:.0f} s")
+        gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 

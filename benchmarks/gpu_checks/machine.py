@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gpu_checks.harness import Bench, Entry, Peaks
 from gpu_checks.scales import Scale
 
 ROOT = Path(__file__).parents[2]
+STATE = ("clocks.sm", "clocks.max.sm", "power.draw", "power.limit")
 
 
 def header(device: torch.device) -> dict[str, Any]:
@@ -77,18 +79,19 @@ def _sustained(
     bench: Bench, left: Tensor, right: Tensor, seconds: float
 ) -> tuple[float, dict[str, str]]:
     """Milliseconds per product under load that lasts, and clocks and power in the midst of it."""
-    count, state, start = 0, {}, time.perf_counter()
-    while True:
-        for _ in range(50):
-            torch.mm(left, right)
-        count += 50
-        if bench.cuda:
-            if not state and time.perf_counter() - start > seconds / 2:
-                state = _nvidia("clocks.sm", "clocks.max.sm", "power.draw", "power.limit")
-            torch.cuda.synchronize(bench.device)
+    count, start = 0, time.perf_counter()
+    with ThreadPoolExecutor(1) as beside:  # asked while products run
+        asked = None
+        while time.perf_counter() - start < seconds:
+            for _ in range(50):
+                torch.mm(left, right)
+            count += 50
+            if bench.cuda:
+                torch.cuda.synchronize(bench.device)
+                if asked is None and time.perf_counter() - start > seconds / 2:
+                    asked = beside.submit(_nvidia, *STATE)
         spent = time.perf_counter() - start
-        if spent > seconds:
-            return 1e3 * spent / count, state
+        return 1e3 * spent / count, {} if asked is None else asked.result()
 
 
 def _bandwidths(bench: Bench, scale: Scale) -> list[float]:

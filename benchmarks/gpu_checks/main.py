@@ -22,17 +22,17 @@ def cases(scale: Scale) -> list[Case]:
     published model on a large card."""
     listed: list[tuple[str, Callable[[Bench, Scale], None], int, float]] = [
         ("0 machine", machine.machine, 0, 25),
-        ("1 attention", attention.attention, 8, 30),
+        ("1 attention", attention.attention, 11, 30),
         ("2 decode", sampling.decode, 3, 60),
-        ("3 prefill", sampling.prefilled, 5, 8),
+        ("3 prefill", sampling.prefilled, 7, 8),
         ("4 denoise", sampling.denoise, 1, 90),
-        ("5 replay forward", training.replay_forward, 4, 60),
+        ("5 replay forward", training.replay_forward, 6, 60),
         ("6 update", training.update, 2, 90),
-        ("7 reference", training.reference, 7, 15),
+        ("7 reference", training.reference, 8, 15),
         ("8 optimizer", training.optimizer, 9, 10),
-        ("9 autoencoder", training.autoencoder, 11, 20),
-        ("10 step", engine.step, 6, 60),
-        ("11 gaps", engine.gaps, 10, 40),
+        ("9 autoencoder", training.autoencoder, 10, 20),
+        ("10 step", engine.step, 4, 60),
+        ("11 gaps", engine.gaps, 5, 40),
     ]
     return [
         Case(name, partial(_with, run, scale), priority, seconds * scale.slowness)

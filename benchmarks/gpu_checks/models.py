@@ -6,6 +6,7 @@ model.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ def random_policy(
     Raises:
         UnavailableError: the package has no adapters.
     """
+    gc.collect()  # of models before it, which hold references to themselves
     place = Placement(device, scale.compute, train)
     adapters = {"lora": _lora(rank)} if rank else {}
     with torch.device("meta"):
