@@ -33,8 +33,8 @@ def rows(bench):
 
 
 def test_the_miniature_passes_every_case(tmp_path, capsys):
-    from gpu_checks.harness import PLAIN
     from gpu_checks.main import cases, main
+    from gpu_checks.rows import PLAIN
     from gpu_checks.scales import mini
 
     out = tmp_path / "rows.jsonl"
@@ -64,7 +64,8 @@ def test_the_miniature_passes_every_case(tmp_path, capsys):
 
 def test_a_row_stands_beside_the_floor_of_its_work(bench):
     """100 FLOP/s in a burst, 50 sustained, 10 B/s: 400 FLOP and 20 B take 4 s or 8 s."""
-    from gpu_checks.harness import Entry, Peaks
+    from gpu_checks.harness import Entry
+    from gpu_checks.rows import Peaks
 
     bench.peaks = Peaks(burst=100.0, sustained=50.0, bandwidth=10.0)
     entry = Entry("pair", lambda: None, Work(800.0, 40.0), per=2, phase="both")
@@ -175,8 +176,8 @@ def test_floors_of_the_published_model_are_those_of_the_plan():
     each phase as counted by hand from the published sizes."""
     from dataclasses import replace
 
-    from gpu_checks.harness import Peaks
     from gpu_checks.projection import phases_of
+    from gpu_checks.rows import Peaks
     from gpu_checks.scales import published
 
     scale = replace(published(), lora_rank=0)

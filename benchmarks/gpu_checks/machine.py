@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from unigrpo_models.bagel.accounting import Work
 
-from gpu_checks.harness import Bench, Entry, Peaks
+from gpu_checks.harness import Bench, Entry
+from gpu_checks.rows import Peaks
 from gpu_checks.scales import Scale
 
 ROOT = Path(__file__).parents[2]

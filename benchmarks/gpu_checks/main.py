@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_checks import attention, engine, machine, projection, sampling, training
+from gpu_checks import attention, engine, gaps, machine, projection, sampling, training
 from gpu_checks.harness import Bench, Case
 from gpu_checks.scales import SCALES, Scale
 
@@ -32,7 +32,7 @@ def cases(scale: Scale) -> list[Case]:
         ("8 optimizer", training.optimizer, 9, 10),
         ("9 autoencoder", training.autoencoder, 10, 20),
         ("10 step", engine.step, 4, 60),
-        ("11 gaps", engine.gaps, 5, 40),
+        ("11 gaps", gaps.gaps, 5, 40),
     ]
     return [
         Case(name, partial(_with, run, scale), priority, seconds * scale.slowness)

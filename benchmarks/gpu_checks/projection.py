@@ -14,8 +14,9 @@ from unigrpo_models.bagel.accounting import (
     velocity,
 )
 
-from gpu_checks.harness import Bench, Peaks
+from gpu_checks.harness import Bench
 from gpu_checks.models import EXPERTS
+from gpu_checks.rows import Peaks
 from gpu_checks.scales import Scale, Step
 from gpu_checks.training import work_of
 
