@@ -154,7 +154,8 @@ def prefilled(bench: Bench, scale: Scale) -> None:
 
 def denoise(bench: Bench, scale: Scale) -> None:
     """Milliseconds of one image in one step, over contexts as sampling makes them, which bf16 pads
-    to common widths; and, where they are padded, over contexts of exact length."""
+    to common widths; and, where they are padded, over contexts of exact length. Only the largest
+    batch of a size is compiled too: every shape class may take a minute."""
     policy = random_policy(scale, bench.device)
     compiled = None
     with bench.guarded("compiled"):
@@ -169,7 +170,7 @@ def denoise(bench: Bench, scale: Scale) -> None:
             call = partial(policy.velocity, history, x, t)
             name, phase = f"{size} B {count}", f"denoise/{size}"
             entries = [Entry(f"{name}, eager", call, work, count, phase)]
-            if compiled is not None:
+            if compiled is not None and count == batches[-1]:
                 run = partial(compiled, call)
                 entries.append(Entry(f"{name}, compiled", run, work, count, phase))
             if history.caches[0][0].shape[2] > max(history.lengths):

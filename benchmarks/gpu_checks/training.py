@@ -53,7 +53,7 @@ def replay_forward(bench: Bench, scale: Scale) -> None:
             run = _forward(policy, replay_batch(policy, scale, count, size))
             work, phase = work_of(scale, count, size), f"forward/{size}"
             entries = [Entry(f"{size}, {count} chains, eager", run, work, count, phase)]
-            if compiled is not None:
+            if compiled is not None and count == counts[-1]:
                 faster = partial(compiled, run)
                 name = f"{size}, {count} chains, compiled"
                 entries.append(Entry(name, faster, work, count, phase))
