@@ -126,6 +126,20 @@ def test_thoughts_in_float32_are_those_of_the_cpu(checkpoint):
     assert len({tuple(row) for row in written["cpu"]}) > 1
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_thoughts_by_cuda_graphs_are_those_without(checkpoint, compute):
+    """Long enough for turns that are recorded, replayed, and recorded again for more slots."""
+    written = []
+    for graphs in (False, True):
+        place = Placement(torch.device(DEVICE), compute, frozenset(), cuda_graphs=graphs)
+        policy = load_bagel(checkpoint, "", place)
+        history = policy.open(prompts(4)).rows(torch.arange(4).repeat_interleave(2))
+        text, _ = policy.write(history, Sampling(40), KEYS)
+        written.append(text)
+    assert torch.equal(written[0].tokens, written[1].tokens)
+    torch.testing.assert_close(written[0].logps, written[1].logps, atol=1e-5, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def golden():
     return {name: x.to(DEVICE) for name, x in load_file(GOLDEN / "golden.safetensors").items()}
