@@ -419,9 +419,12 @@ def test_a_circle_is_shown_whole(unigrpo, folder):
     )
 
 
-def test_a_shipped_recipe_that_is_not_beside_is_told(unigrpo, folder):
+def test_a_shipped_recipe_is_extended_from_anywhere_by_its_own_path(unigrpo, folder):
     (folder / "sub").mkdir()
     (folder / "sub/mine.toml").write_text(PARENT)
+    code, out, _ = unigrpo("check", "sub/mine.toml")
+    assert (code, out) == (0, "ok mine  (UniGRPO: joint, no guidance in training, velocity MSE)\n")
+    (folder / "sub/mine.toml").write_text(PARENT.replace("no_cfg_mse", "recipes/no_cfg_mse"))
     code, out, _ = unigrpo("check", "sub/mine.toml")
     assert code == 2
     assert f"; the shipped one is {shipped_recipes() / 'no_cfg_mse.toml'}\n" in out
@@ -526,7 +529,10 @@ def test_weights_that_are_not_there_are_a_note_of_check(unigrpo, folder):
     told = f"  note: policy bagel: checkpoint '{there}': there is no folder {there}"
     tells(unigrpo, ("ok mine", told), 0)
     (folder / "weights").mkdir()
-    tells(unigrpo, ("ok mine", "  note: policy bagel: the weights are not there yet: "), 0)
+    told = (
+        f"  note: policy bagel: {there} is no BAGEL checkpoint: it has no llm_config.json; a BAGEL"
+    )
+    tells(unigrpo, ("ok mine", told), 0)
 
 
 # --- JSON -------------------------------------------------------------------------------------

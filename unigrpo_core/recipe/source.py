@@ -119,12 +119,18 @@ def _read(
     tree = Node({}, node.origin)
     for place, parent in enumerate(_parents(node, problems)):
         base = _read(
-            file.parent / parent.value, parent.origin, f"extends.{place}", (*chain, file), problems
+            _meant(file, parent.value), parent.origin, f"extends.{place}", (*chain, file), problems
         )
         if base is not None:
             tree = _merge(tree, base, (), problems)
     own = {key: value for key, value in node.value.items() if key != "extends"}
     return _merge(tree, replace(node, value=own), (), problems)
+
+
+def _meant(file: Path, extended: str) -> Path:
+    """The file that another one extends: one beside it, or else a shipped one."""
+    beside, shipped = file.parent / extended, shipped_recipes() / extended
+    return shipped if shipped.is_file() and not beside.exists() else beside
 
 
 def _within(folder: Path) -> str:
