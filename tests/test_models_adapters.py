@@ -93,11 +93,11 @@ def test_fresh_adapters_change_nothing_and_off_is_the_base(checkpoint):
     ids = torch.tensor([[3, 5, 7, 9]])
     base = plain.network.text(ids)[0]
     assert torch.equal(adapted.network.text(ids)[0], base)
-    assert adapted._weights._adapters.fresh
+    assert adapted._weights.adapters.fresh
     randomise(adapted)
-    assert not adapted._weights._adapters.fresh
+    assert not adapted._weights.adapters.fresh
     assert not torch.allclose(adapted.network.text(ids)[0], base)
-    with adapted._weights._adapters.off():
+    with adapted._weights.adapters.off():
         assert torch.equal(adapted.network.text(ids)[0], base)
     assert all(".lora_" in name for name in trained(adapted, "text"))
 
@@ -108,7 +108,7 @@ def test_adapters_compute_what_they_say(checkpoint):
     randomise(adapted)
     merged = policy(checkpoint)
     with torch.no_grad():
-        for name in adapted._weights._adapters.layers:
+        for name in adapted._weights.adapters.layers:
             layer = adapted.network.get_submodule(name)
             product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             merged.network.get_submodule(name).weight += 6 / 2 * product

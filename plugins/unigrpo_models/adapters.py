@@ -128,8 +128,8 @@ class Adapters:
             state = load_file(path)
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder} has no {WEIGHTS}: its run trained without adapters; "
-                "set policy.lora_rank to 0, or start from another run"
+                f"{folder} has no {WEIGHTS}: its run trained without adapters; set "
+                "policy.lora_rank to 0, or adapt its weights by naming it as policy.checkpoint"
             ) from error
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
