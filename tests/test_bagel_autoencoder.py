@@ -154,3 +154,13 @@ def test_a_file_that_is_missing_or_cut_off(tmp_path):
 
 def test_latents_that_the_model_does_not_take():
     refused(DATA, "latents of 16 channels, 8 times smaller .* takes 4 channels", channels=4)
+
+
+def test_decoding_in_bfloat16_is_close(golden, autoencoder):
+    """What its option offers; the images, within the range of pixels, differ by 1 % at most."""
+    coarse = read_autoencoder(DATA, 16, CPU, torch.bfloat16)
+    latents = golden["ae.s0.latent"]
+    image, exact = coarse.decode(latents), autoencoder.decode(latents)
+    assert image.dtype == torch.float32
+    error = (image - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 0 < error < 0.02

@@ -232,8 +232,10 @@ def load_bagel(
     lora: Lora | None = None,
     text_branch: TextBranch = "system",
     look: LookAt = "vae_vit",
+    pixels: torch.dtype = torch.float32,
 ) -> BagelPolicy:
-    """The policy of a checkpoint folder, whole or with adapters.
+    """The policy of a checkpoint folder, whole or with adapters; ``pixels`` is the type that its
+    autoencoder computes in.
 
     Raises:
         UserError: the folder is no checkpoint of this layout, or a tensor is missing, unexpected
@@ -246,7 +248,7 @@ def load_bagel(
     )
     autoencoder = None
     if config.latent.space == "flux":
-        autoencoder = read_autoencoder(folder, config.latent.channels, place.device)
+        autoencoder = read_autoencoder(folder, config.latent.channels, place.device, pixels)
     with torch.device("meta"):
         network = BagelNetwork(config)
     stored = open_weights(folder, network)

@@ -49,6 +49,11 @@ class BagelOptions(Options):
         description='what guidance\'s branch "text" stands on: what comes before the prompt, which '
         "is the system prompt, as BAGEL's inferencer does, or nothing, as its WISE script does",
     )
+    autoencoder: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="the type that pixels are decoded in; bf16 is faster, and changes pixels by "
+        "about 1 %",
+    )
     look: Literal["vae_vit", "vit"] = Field(
         "vae_vit",
         description="what is read of an image that is looked at: latents and ViT, as for editing, "
@@ -57,6 +62,8 @@ class BagelOptions(Options):
 
 
 def build(options: BagelOptions, place: Placement) -> BagelPolicy:
+    import torch
+
     from unigrpo_models.adapters import Lora
     from unigrpo_models.bagel.policy import load_bagel
 
@@ -72,6 +79,7 @@ def build(options: BagelOptions, place: Placement) -> BagelPolicy:
         lora=lora,
         text_branch=options.text_branch,
         look=options.look,
+        pixels=torch.bfloat16 if options.autoencoder == "bf16" else torch.float32,
     )
 
 
