@@ -153,7 +153,7 @@ def _bind(expert: str, targets: Sequence[str], layers: Sequence[str]) -> list[st
     for target in targets:
         named = [name for name in layers if f".{target}" in _endings(name)]
         if not named:
-            words = sorted({_plain(name).rsplit(".", 1)[-1] for name in layers})
+            words = sorted({_short(_plain(name)) for name in layers})
             raise UserError(
                 f"policy.lora_{expert} names {target!r}, which is no linear layer of the {expert} "
                 f"expert; its layers are: {', '.join(words)}"
@@ -168,6 +168,12 @@ def _endings(name: str) -> set[str]:
         parts = path.split(".")
         found |= {"." + ".".join(parts[start:]) for start in range(len(parts))}
     return found
+
+
+def _short(name: str) -> str:
+    """The end of a path that tells: a number does not."""
+    *above, last = name.split(".")
+    return f"{above[-1]}.{last}" if above and last.isdigit() else last
 
 
 def _plain(name: str) -> str:
