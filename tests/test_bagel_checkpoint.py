@@ -17,13 +17,13 @@ from huggingface_hub import errors, snapshot_download
 from safetensors.torch import load_file, save, save_file
 from tiny import catalog, recipe
 from unigrpo_models.bagel.config import BagelConfig
+from unigrpo_models.bagel.layout import FILES
 from unigrpo_models.bagel.policy import load_bagel
 from unigrpo_models.bagel.provider import PROVIDER, BagelOptions, notes
 from unigrpo_models.bagel.tokens import Codec
-from unigrpo_models.checkpoints import local_folder
 
 from unigrpo_core.errors import UserError
-from unigrpo_core.plugin import Placement
+from unigrpo_core.plugin import Placement, local_folder
 from unigrpo_core.recipe import load_recipe
 
 CPU = torch.device("cpu")
@@ -347,7 +347,7 @@ def test_a_hub_id_is_found_in_the_cache(cache, golden):
     snapshot = downloaded(cache, golden)
     assert Path(snapshot_download(HUB, cache_dir=cache, local_files_only=True)) == snapshot
     for name in (HUB, f"{HUB}@main", f"{HUB}@0123abc"):
-        assert local_folder(name, ()) == snapshot
+        assert local_folder("checkpoint", name, FILES) == snapshot
         assert notes(BagelOptions(checkpoint=name)) == ()
     policy = PROVIDER.build(BagelOptions(checkpoint=HUB), place())
     assert policy.folder == snapshot
@@ -398,11 +398,11 @@ def test_a_download_is_loaded(cache, golden, monkeypatch):
     def fetch(name, **arguments):
         assert arguments["cache_dir"] == cache
         assert {file.name for file in golden.iterdir()} <= {*arguments["allow_patterns"]}
-        downloaded(cache, golden)
+        return str(downloaded(cache, golden))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     policy = PROVIDER.build(BagelOptions(checkpoint=HUB), place())
-    assert policy.folder == local_folder(HUB, ())
+    assert policy.folder == local_folder("checkpoint", HUB, FILES)
 
 
 def test_an_id_in_a_recipe_is_a_folder_where_one_stands_beside_it(

@@ -42,7 +42,9 @@ def test_check_says_offline_what_is_not_there_yet(name, tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     assert "'ByteDance-Seed/BAGEL-7B-MoT' is not there yet" in out
     assert "hf download ByteDance-Seed/BAGEL-7B-MoT" in out
-    assert "PickScore_v1 is not in the hub's cache yet" in out
+    for name in ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+        assert f"'{name}' is not there yet" in out
+        assert f"`hf download {name}`" in out
 
 
 @pytest.mark.parametrize("name", RECIPES)

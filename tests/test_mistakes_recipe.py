@@ -551,7 +551,8 @@ def test_check_as_json_has_one_shape(unigrpo, folder):
     assert good["file"] == str(folder / "no_cfg_mse.toml")
     assert (good["name"], len(good["hash"]), good["problems"]) == ("no_cfg_mse", 64, [])
     assert good["notes"] == [
-        f"policy bagel: checkpoint '{folder}/x': there is no folder {folder}/x"
+        f"policy bagel: checkpoint '{folder}/x': there is no folder {folder}/x; give a folder, or "
+        "OWNER/NAME of a model on the Hugging Face hub"
     ]
     assert (bad["name"], bad["title"], bad["hash"], bad["notes"]) == (None, None, None, [])
     assert bad["problems"] == [

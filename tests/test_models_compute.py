@@ -11,7 +11,7 @@ from unigrpo_models.compiled import compile_units
 from unigrpo_models.weights import WeightSets
 
 from unigrpo_core.keys import Key, normals
-from unigrpo_core.plugin import Placement
+from unigrpo_core.plugin import Files, Placement, local_folder
 from unigrpo_core.records import Prompt, ReplayBatch, Sampling
 
 BOTH = frozenset({"text", "image"})
@@ -148,10 +148,8 @@ def test_compiled_units_share_one_graph_of_a_pass_and_compute_the_same(checkpoin
 
 def test_a_group_decodes_in_an_eighth_of_its_single_decodes(tmp_path):
     """24 thoughts of one prompt on the embedded model, in CPU time, both sides in turns."""
-    from unigrpo_models.checkpoints import checkpoint_folder
-
     built = load_bagel(
-        checkpoint_folder("pkg:unigrpo_board/checkpoint"),
+        local_folder("checkpoint", "pkg:unigrpo_board/checkpoint", Files()),
         "",
         Placement(torch.device("cpu"), torch.float32, frozenset()),
     )

@@ -53,7 +53,8 @@ def test_every_file_of_a_package(contents, package):
 def test_every_recipe(contents):
     sources = {
         f"unigrpo_recipes/{file.relative_to(ROOT / 'recipes').as_posix()}": file.read_bytes()
-        for file in (ROOT / "recipes").rglob("*.toml")
+        for file in (ROOT / "recipes").rglob("*")
+        if file.is_file()
     }
     inside = {name: data for name, data in contents.items() if name.startswith("unigrpo_recipes/")}
     assert inside == sources

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,7 +160,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache of the hub's client, which is offline."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
 
@@ -177,18 +178,22 @@ def test_hub_ids_are_taken_from_the_cache(
     tiny: Path, hub: Path, reward: pickscore.PickScore
 ) -> None:
     named = pickscore.PickScoreOptions(checkpoint="yuvalkirstain/PickScore_v1", device="cpu")
-    assert [note.split(" is not")[0] for note in pickscore.notes(named)] == [
-        "checkpoint: yuvalkirstain/PickScore_v1",
-        "processor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    assert [note.split(" is not there yet")[0] for note in pickscore.notes(named)] == [
+        "checkpoint 'yuvalkirstain/PickScore_v1'",
+        "processor 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'",
     ]
     put(hub, named.checkpoint, tiny)
     incomplete = put(hub, named.processor, tiny) / "vocab.json"
     incomplete.rename(incomplete.with_suffix(".moved"))
-    assert len(pickscore.notes(named)) == 1
-    with pytest.raises(UserError, match=r"processor: laion/.* in the cache, has no tokenizer.json"):
+    lacks = "lacks tokenizer.json (or vocab.json and merges.txt)"
+    [note] = pickscore.notes(named)
+    assert note.startswith(f"processor {named.processor!r} is not whole yet")
+    assert f"{lacks}. A run downloads it" in note
+    with pytest.raises(UserError) as caught:
         pickscore.build(named)
+    assert f"processor {named.processor!r} {lacks} on the hub or, without" in str(caught.value)
     incomplete.with_suffix(".moved").rename(incomplete)
-    assert pickscore.notes(named) == ()
+    assert not pickscore.notes(named)
     images = noise(4, 3, 40, 40)
     again = pickscore.build(named).score(batch(images))
     assert torch.equal(again, reward.score(batch(images)))
@@ -196,7 +201,9 @@ def test_hub_ids_are_taken_from_the_cache(
 
 def test_without_network_the_error_says_what_to_do(hub: Path, tiny: Path) -> None:
     named = options(tiny, checkpoint="yuvalkirstain/PickScore_v1")
-    with pytest.raises(UserError, match=r"cannot be downloaded.*`hf download yuvalkirstain/Pick"):
+    with pytest.raises(
+        UserError, match=r"could not be downloaded.*`hf download yuvalkirstain/Pick"
+    ):
         pickscore.build(named)
 
 
@@ -206,7 +213,7 @@ def test_without_network_the_error_says_what_to_do(hub: Path, tiny: Path) -> Non
         ("owner/name", "/recipes", "owner/name"),
         ("./models/pick", "/recipes", "/recipes/models/pick"),
         ("pick", "/recipes", "/recipes/pick"),
-        ("pick", "recipes", "./recipes/pick"),
+        ("pick", "recipes", os.path.abspath("recipes/pick")),
         ("/models/pick", "/recipes", "/models/pick"),
     ],
 )
@@ -219,11 +226,15 @@ def test_a_folder_counts_from_the_recipe(stated: str, beside: str, meant: str) -
 
 def test_check_says_what_is_not_there(tiny: Path, tmp_path: Path) -> None:
     gone = options(tmp_path / "gone", processor=str(tmp_path))
-    assert pickscore.notes(gone) == (
-        f"checkpoint: there is no folder {tmp_path / 'gone'}",
-        f"processor: the folder {tmp_path} has no preprocessor_config.json, no tokenizer.json",
+    checkpoint, processor = pickscore.notes(gone)
+    assert checkpoint.startswith(
+        f"checkpoint '{tmp_path / 'gone'}': there is no folder {tmp_path / 'gone'}; give a folder"
     )
-    assert pickscore.notes(options(tiny)) == ()
+    assert processor.startswith(
+        f"processor '{tmp_path}': the folder lacks preprocessor_config.json, "
+        "tokenizer.json (or vocab.json and merges.txt); give one"
+    )
+    assert not pickscore.notes(options(tiny))
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -243,7 +254,7 @@ def without_weight(file: Path) -> None:
 
 SPOILT = {
     "no such folder": (lambda f: shutil.rmtree(f), "there is no folder"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
     "cut short": (
         lambda f: (f / "model.safetensors").write_bytes(
             (f / "model.safetensors").read_bytes()[:999]

@@ -1,4 +1,5 @@
-"""All that a plugin author imports: ``Provider``, ``Options``, ``Field``, ``hookimpl``.
+"""All that a plugin author imports: ``Provider``, ``Options``, ``Field``, ``hookimpl``; and for
+options that are paths or models on the Hugging Face hub, what :mod:`unigrpo_core.hub` has of them.
 
 A plugin is a module named in the entry-point group ``unigrpo``. It implements any of the hooks
 below, each a generator of providers::
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field
+
+from unigrpo_core.hub import Files, HubPath, RecipePath, fetched_folder, local_folder
 
 if TYPE_CHECKING:
     from torch import device, dtype
@@ -29,13 +31,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpointing",
     "Field",
+    "Files",
+    "HubPath",
     "Options",
     "Placement",
     "Provider",
     "Providers",
     "RecipePath",
+    "fetched_folder",
     "hookimpl",
     "hookspec",
+    "local_folder",
 ]
 
 PROJECT = "unigrpo"
@@ -50,19 +56,6 @@ class Options(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True
     )
-
-
-def beside_the_recipe(value: Any, info: ValidationInfo) -> Any:
-    """A relative path counts from the file that states it (given as validation context); an empty
-    one stays empty."""
-    folders = (info.context or {}).get("folders", {})
-    if isinstance(value, str) and value and info.field_name in folders:
-        return str(Path(folders[info.field_name]) / Path(value).expanduser())
-    return value
-
-
-RecipePath = Annotated[str, BeforeValidator(beside_the_recipe)]
-"""The type of an option that is a path; a relative one counts from the file that states it."""
 
 
 Checkpointing = Literal["none", "selective", "full"]

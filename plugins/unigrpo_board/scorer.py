@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from unigrpo_models.checkpoints import CheckpointPath, checkpoint_folder
-
 from unigrpo_board.rewards import images_of
 from unigrpo_core.errors import UserError
 from unigrpo_core.interfaces import Reward
-from unigrpo_core.plugin import Field, Options, Provider
+from unigrpo_core.plugin import (
+    Field,
+    Files,
+    HubPath,
+    Options,
+    Provider,
+    fetched_folder,
+    local_folder,
+)
 from unigrpo_core.records import RewardBatch
 
 if TYPE_CHECKING:
@@ -23,13 +29,17 @@ if TYPE_CHECKING:
     from unigrpo_board.scorer_network import ScorerNetwork
 
 
+FILES = Files(published=("config.json", "scorer.safetensors"))
+"""Of a folder that lacks one, :func:`~unigrpo_board.scorer_network.load` tells what to do."""
+
+
 class ScorerOptions(Options):
     """Which scorer."""
 
-    checkpoint: CheckpointPath = Field(
+    checkpoint: HubPath = Field(
         "pkg:unigrpo_board/scorer",
-        description="a folder that `python -m unigrpo_board.make_scorer` wrote, or "
-        "pkg:PACKAGE/FOLDER for one that a package ships",
+        description="a folder that `python -m unigrpo_board.make_scorer` wrote, "
+        "pkg:PACKAGE/FOLDER for one that a package ships, or an id of the Hugging Face hub",
     )
 
 
@@ -54,12 +64,12 @@ class BoardScorer(Reward):
 def build(options: ScorerOptions) -> BoardScorer:
     from unigrpo_board.scorer_network import load
 
-    return BoardScorer(load(checkpoint_folder(options.checkpoint)))
+    return BoardScorer(load(fetched_folder("checkpoint", options.checkpoint, FILES)))
 
 
 def notes(options: ScorerOptions) -> Sequence[str]:
     try:
-        checkpoint_folder(options.checkpoint)
+        local_folder("checkpoint", options.checkpoint, FILES)
     except UserError as error:
         return (str(error),)
     return ()

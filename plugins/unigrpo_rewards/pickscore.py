@@ -35,10 +35,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.interfaces import Reward
-from unigrpo_core.plugin import Field, Options, Provider
+from unigrpo_core.plugin import (
+    Field,
+    Files,
+    HubPath,
+    Options,
+    Provider,
+    fetched_folder,
+    local_folder,
+)
 from unigrpo_core.records import RewardBatch
 from unigrpo_rewards.clip_pixels import Pixels, read_pixels
-from unigrpo_rewards.hub import Files, Location, folder_of, note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,13 +62,13 @@ PROCESSOR_FILES = Files(
 
 
 class PickScoreOptions(Options):
-    checkpoint: Location = Field(
-        description="the model: a hub id (published: yuvalkirstain/PickScore_v1, 4 GB) or a folder "
-        "with config.json and model.safetensors; a relative folder begins with ./"
+    checkpoint: HubPath = Field(
+        description="the model (published: yuvalkirstain/PickScore_v1, 4 GB), config.json and "
+        "model.safetensors: a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub"
     )
-    processor: Location = Field(
+    processor: HubPath = Field(
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        description="tokenizer and preprocessor_config.json: a hub id or a folder",
+        description="tokenizer and preprocessor_config.json: a folder or an id of the hub",
     )
     scale: float = Field(
         26.0, gt=0, description="what the published score is divided by; 26 as flow_grpo, 1: none"
@@ -162,7 +169,7 @@ def build(options: PickScoreOptions) -> PickScore:
     from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
 
     place = _device(options.device)
-    processor = folder_of("processor", options.processor, PROCESSOR_FILES)
+    processor = fetched_folder("processor", options.processor, PROCESSOR_FILES)
     pixels = read_pixels(processor / "preprocessor_config.json")
     try:
         tokenizer = CLIPTokenizerFast.from_pretrained(str(processor), local_files_only=True)
@@ -170,7 +177,7 @@ def build(options: PickScoreOptions) -> PickScore:
         raise UserError(
             f"processor: the tokenizer in {processor} cannot be read: {error}"
         ) from error
-    model = _load(folder_of("checkpoint", options.checkpoint, MODEL_FILES))
+    model = _load(fetched_folder("checkpoint", options.checkpoint, MODEL_FILES))
     config: Any = model.config
     side, words = config.vision_config.image_size, config.text_config.vocab_size
     if pixels.side != side or len(tokenizer) > words:
@@ -232,11 +239,16 @@ def _device(name: str) -> device:
 
 
 def notes(options: PickScoreOptions) -> Sequence[str]:
-    said = (
-        note("checkpoint", options.checkpoint, MODEL_FILES),
-        note("processor", options.processor, PROCESSOR_FILES),
-    )
-    return tuple(text for text in said if text)
+    said = []
+    for option, path, files in (
+        ("checkpoint", options.checkpoint, MODEL_FILES),
+        ("processor", options.processor, PROCESSOR_FILES),
+    ):
+        try:
+            local_folder(option, path, files)
+        except UserError as error:
+            said.append(str(error))
+    return said
 
 
 PROVIDER = Provider(

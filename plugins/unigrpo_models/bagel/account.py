@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from unigrpo_core.errors import UserError
+from unigrpo_core.plugin import Files, local_folder
 from unigrpo_core.workload import Account, Workload
 from unigrpo_models.bagel.account_memory import HeldMemory
 from unigrpo_models.bagel.account_work import PhaseWork
 from unigrpo_models.bagel.accounting import BOUNDARY
 from unigrpo_models.bagel.config import BagelConfig, Latent
 from unigrpo_models.bagel.counted import Adapters
-from unigrpo_models.checkpoints import checkpoint_folder
+from unigrpo_models.bagel.layout import CONFIG
 
 if TYPE_CHECKING:
     from unigrpo_models.bagel.provider import BagelOptions
@@ -50,10 +51,8 @@ def account(options: BagelOptions, load: Workload) -> Account:
 def _config(options: BagelOptions) -> tuple[str, BagelConfig, tuple[str, ...]]:
     """The model's name and sizes, and what has been assumed of them."""
     try:
-        folder = checkpoint_folder(options.checkpoint)
+        folder = local_folder("checkpoint", options.checkpoint, Files((CONFIG,)))
     except UserError:
-        folder = None
-    if folder is None or not (folder / "llm_config.json").exists():
         said = f"the sizes are the published model's, since {options.checkpoint} is not there yet"
         return "BAGEL-7B-MoT", BagelConfig.published(), (said,)
     return f"the checkpoint {options.checkpoint}", BagelConfig.read(folder), ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from unigrpo_core.plugin import Files
+
 CONFIG = "llm_config.json"
 WEIGHTS = "ema.safetensors"
 AUTOENCODER = "ae.safetensors"
@@ -16,9 +18,10 @@ COMPANIONS = (
     *("preprocessor_config.json", *TOKENIZER, AUTOENCODER),
 )
 """What stands beside the weights."""
-FILES = (*COMPANIONS, WEIGHTS)
 MAIN = (CONFIG, "vit_config.json", WEIGHTS, AUTOENCODER, "tokenizer_config.json")
 """What every published folder has: without one of them a download was cut off."""
+FILES = Files(published=MAIN, optional=COMPANIONS)
+"""What a run reads. What a folder must have depends on its configuration; see :func:`inventory`."""
 
 EYES = ("vit_model.", "connector.", "vit_pos_embed.")
 """How the names of the tensors begin that are only for looking at images."""

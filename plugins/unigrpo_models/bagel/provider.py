@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from unigrpo_core.errors import UserError
-from unigrpo_core.plugin import Field, Options, Placement, Provider
-from unigrpo_models.bagel.layout import AUTOENCODER, FILES, MAIN, WEIGHTS
-from unigrpo_models.checkpoints import HubCheckpoint, fetched_folder, local_folder
+from unigrpo_core.plugin import (
+    Field,
+    HubPath,
+    Options,
+    Placement,
+    Provider,
+    fetched_folder,
+    local_folder,
+)
+from unigrpo_models.bagel.layout import AUTOENCODER, FILES, WEIGHTS
 
 if TYPE_CHECKING:
     from unigrpo_core.workload import Account, Workload
@@ -22,7 +29,7 @@ PROJECTIONS = (
 
 
 class BagelOptions(Options):
-    checkpoint: HubCheckpoint = Field(
+    checkpoint: HubPath = Field(
         description="a folder in BAGEL's layout (a relative one counts from the recipe), "
         "pkg:PACKAGE/FOLDER for one that a package ships, or OWNER/NAME or OWNER/NAME@REVISION on "
         "the Hugging Face hub, if no such folder stands beside the recipe"
@@ -73,7 +80,7 @@ def build(options: BagelOptions, place: Placement) -> BagelPolicy:
         targets = {expert: names for expert, names in asked.items() if names}
         lora = Lora(options.lora_rank, options.lora_alpha or 2 * options.lora_rank, targets)
     return load_bagel(
-        fetched_folder(options.checkpoint, MAIN, FILES),
+        fetched_folder("checkpoint", options.checkpoint, FILES),
         options.system_prompt,
         place,
         lora=lora,
@@ -88,7 +95,7 @@ def notes(options: BagelOptions) -> Sequence[str]:
     from unigrpo_models.stored import Stored
 
     try:
-        folder = local_folder(options.checkpoint, MAIN)
+        folder = local_folder("checkpoint", options.checkpoint, FILES)
         files = {WEIGHTS: "weights are"}
         if BagelConfig.read(folder).latent.space == "flux":
             files[AUTOENCODER] = "autoencoder is"
