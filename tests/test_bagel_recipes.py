@@ -1,6 +1,7 @@
 """The recipes for BAGEL, on a folder in the published layout made from the golden weights."""
 
 import json
+import shutil
 
 import pytest
 import tiny_clip
@@ -51,6 +52,44 @@ def test_check_says_offline_what_is_not_there_yet(name, tmp_path, monkeypatch, c
 def test_check_passes_on_a_folder_in_the_published_layout(name, here, capsys):
     assert main(["check", name, *here]) == 0
     assert capsys.readouterr().out.strip().count("\n") == 0  # nothing to note
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        ({"policy.lora_image": '["wq"]'}, "policy.lora_image names 'wq', which is no linear layer"),
+        ({"policy.lora_text": '["vae2llm"]'}, "policy.lora_text names 'vae2llm', which is no"),
+        ("tokenizer", "has no tokenizer: none of tokenizer.json"),
+        ("words", "lacks <|vision_end|>"),
+        ("ae.safetensors", "the autoencoder is not there yet"),
+        ("cut", "ema.safetensors is damaged"),
+    ],
+)
+def test_check_notes_without_loading_what_would_stop_a_run(
+    spoil, told, here, folder, tmp_path, capsys
+):
+    from unigrpo_models.bagel.layout import TOKENIZER
+
+    spoiled = shutil.copytree(folder, tmp_path / "BAGEL")
+    files = [spoiled / name for name in TOKENIZER if (spoiled / name).exists()]
+    if spoil == "tokenizer":
+        for file in files:
+            file.unlink()
+    elif spoil == "words":
+        for file in files:
+            file.write_text(file.read_text().replace("<|vision_end|>", "<|eyes_shut|>"))
+    elif spoil == "cut":
+        weights = spoiled / "ema.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif isinstance(spoil, str):
+        (spoiled / spoil).unlink()
+    changed = {"policy.checkpoint": json.dumps(str(spoiled))}
+    changed |= spoil if isinstance(spoil, dict) else {}
+    more = [f"--set={key}={value}" for key, value in changed.items()]
+    assert main(["check", "bagel/unigrpo_lora", *here[1:], *more]) == 0
+    out = capsys.readouterr().out
+    assert "note: policy bagel: " in out
+    assert told in out
 
 
 @pytest.mark.parametrize(

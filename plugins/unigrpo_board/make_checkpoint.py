@@ -35,10 +35,11 @@ from unigrpo_models.bagel.checkpoint import write_config
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig, Latent
 from unigrpo_models.bagel.history import empty_history
 from unigrpo_models.bagel.latents import patchify, unpatchify
+from unigrpo_models.bagel.layout import SPECIAL
 from unigrpo_models.bagel.network import BagelNetwork
 from unigrpo_models.bagel.policy import BagelPolicy
 from unigrpo_models.bagel.replay import image_velocity
-from unigrpo_models.bagel.tokens import SPECIAL, Codec, pad
+from unigrpo_models.bagel.tokens import Codec, pad
 
 from unigrpo_board.scene import (
     COLOURS,

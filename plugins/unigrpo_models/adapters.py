@@ -19,6 +19,7 @@ from torch import nn
 from unigrpo_core.errors import UserError
 from unigrpo_core.keys import Key, uniforms
 from unigrpo_core.loading import said
+from unigrpo_models.targets import bind
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -56,6 +57,7 @@ class Adapters:
         self._model: Any = get_peft_model(network, config)
         for name in layers:
             layer: Any = network.get_submodule(name)
+            layer.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy
             _draw(name, layer.lora_A["default"].weight)
 
     @classmethod
@@ -69,7 +71,7 @@ class Adapters:
         linear = [name for name, x in network.named_modules() if isinstance(x, nn.Linear)]
         bound: list[str] = []
         for expert, targets in lora.targets.items():
-            bound += _bind(expert, targets, [n for n in linear if expert_of(n) == expert])
+            bound += bind(expert, targets, [n for n in linear if expert_of(n) == expert])
         return cls(network, bound, lora.rank, lora.alpha)
 
     @classmethod
@@ -144,40 +146,6 @@ class Adapters:
                 "policy.lora_rank, lora_text and lora_image must be those of that run"
             )
         set_peft_model_state_dict(self._model, state)
-
-
-def _bind(expert: str, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
-    """The layers that the targets name: by a whole path or by its last parts, with or without the
-    expert's suffix."""
-    bound: dict[str, None] = {}
-    for target in targets:
-        named = [name for name in layers if f".{target}" in _endings(name)]
-        if not named:
-            words = sorted({_short(_plain(name)) for name in layers})
-            raise UserError(
-                f"policy.lora_{expert} names {target!r}, which is no linear layer of the {expert} "
-                f"expert; its layers are: {', '.join(words)}"
-            )
-        bound |= dict.fromkeys(named)
-    return list(bound)
-
-
-def _endings(name: str) -> set[str]:
-    found = set()
-    for path in (name, _plain(name)):
-        parts = path.split(".")
-        found |= {"." + ".".join(parts[start:]) for start in range(len(parts))}
-    return found
-
-
-def _short(name: str) -> str:
-    """The end of a path that tells: a number does not."""
-    *above, last = name.split(".")
-    return f"{above[-1]}.{last}" if above and last.isdigit() else last
-
-
-def _plain(name: str) -> str:
-    return name.replace("_moe_gen", "")
 
 
 @torch.no_grad()

@@ -280,7 +280,16 @@ def _branches(recipe: Recipe) -> Broke:
                 yield Broken(path, message)
 
 
-_SHAPE_RULES = (_episode, _views, _fan_out, _train, _updates, _start, _after)
+def _compute(recipe: Recipe) -> Broke:
+    if recipe.compute.compile and recipe.compute.checkpointing == "selective":
+        message = (
+            '"selective" chooses among operations that compute.compile fuses; take "full" or '
+            '"none", or leave compile out'
+        )
+        yield Broken(("compute", "checkpointing"), message)
+
+
+_SHAPE_RULES = (_episode, _views, _fan_out, _train, _updates, _start, _after, _compute)
 _METHOD_RULES = (
     _required,
     _policy,

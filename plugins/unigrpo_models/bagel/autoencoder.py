@@ -11,7 +11,8 @@ there are levels below the first (8). GroupNorm has 32 groups, so every width is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (part(normed).flatten(2).mT[:, None] for part in (self.q, self.k, self.v))
+        q, k, v = (
+            part(normed).flatten(2).mT.contiguous()[:, None] for part in (self.q, self.k, self.v)
+        )
         seen = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape)
         y: Tensor = x + self.proj_out(seen)
         return y
@@ -209,7 +212,8 @@ class Autoencoder(nn.Module):
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """float32 mean and standard deviation [B, z, h, w] of the latents before scaling."""
-        moments = self.encoder(images.to(self.encoder.conv_in.weight.dtype)).float()
+        with _exact():
+            moments = self.encoder(images.to(self.encoder.conv_in.weight.dtype)).float()
         mean, logvar = moments.chunk(2, 1)
         return mean, (0.5 * logvar).exp()
 
@@ -223,7 +227,19 @@ class Autoencoder(nn.Module):
         latents = (latents / SCALE + SHIFT).to(self.decoder.conv_in.weight.dtype)
         pixels = latents[0, 0].numel() * FACTOR**2
         chunks = torch.split(latents, max(1, PIXELS // pixels))
-        return torch.cat([self.decoder(chunk) for chunk in chunks]).float()
+        with _exact():
+            return torch.cat([self.decoder(chunk) for chunk in chunks]).float()
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Convolutions of float32 are that, where cuDNN would by default take TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def read_autoencoder(

@@ -128,6 +128,7 @@ class _Graphs:
     def __init__(self, group: _Group) -> None:
         self._group = group
         self._of: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # one graph runs at a time, and leaves nothing
 
     def turn(self, seen: int) -> None:
         if seen in self._of:
@@ -135,7 +136,7 @@ class _Graphs:
             return
         self._run(seen)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._run(seen)
         self._of[seen] = graph
 

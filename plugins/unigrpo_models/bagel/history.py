@@ -129,7 +129,10 @@ def slots(row: Sequence[Item]) -> int:
 
 
 def empty_history(config: LanguageConfig, rows: int, device: torch.device) -> BagelHistory:
-    """The history of nothing."""
-    nothing = torch.zeros(rows, config.num_key_value_heads, 0, config.head_dim, device=device)
+    """The history of nothing, in the type that autocast computes in."""
+    coarse = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if coarse else torch.get_default_dtype()
+    shape = (rows, config.num_key_value_heads, 0, config.head_dim)
+    nothing = torch.zeros(shape, device=device, dtype=dtype)
     caches = ((nothing, nothing),) * config.num_hidden_layers
     return BagelHistory(caches, ((),) * rows, ((),) * rows, (0,) * rows)

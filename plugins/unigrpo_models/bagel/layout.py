@@ -23,8 +23,27 @@ MAIN = (CONFIG, "vit_config.json", WEIGHTS, AUTOENCODER, "tokenizer_config.json"
 FILES = Files(published=MAIN, optional=COMPANIONS)
 """What a run reads. What a folder must have depends on its configuration; see :func:`inventory`."""
 
+SPECIAL = {
+    "bos": "<|im_start|>",
+    "eos": "<|im_end|>",
+    "image_start": "<|vision_start|>",
+    "image_end": "<|vision_end|>",
+}
+"""The control tokens by their words; there is no chat template."""
+
 EYES = ("vit_model.", "connector.", "vit_pos_embed.")
 """How the names of the tensors begin that are only for looking at images."""
+
+FROZEN = ("_pos_embed", "vit_model.", "connector.")
+"""What no expert owns: the position tables, and what only reads images."""
+IMAGE = ("_moe_gen", "time_embedder", "vae2llm", "llm2vae")
+
+
+def expert_of(name: str) -> str | None:
+    """The expert that owns a parameter or a module, by its path; None for what no one trains."""
+    if any(part in name for part in FROZEN):
+        return None
+    return "image" if any(part in name for part in IMAGE) else "text"
 
 
 def inventory(folder: Path) -> str:

@@ -53,7 +53,9 @@ class Rotary:
     sin: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
+        """In x's type, whatever the stream's: a cache has one type."""
+        turned = torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
+        return turned.to(x.dtype)
 
 
 def rotary(positions: Tensor, config: LanguageConfig, dtype: torch.dtype) -> Rotary:

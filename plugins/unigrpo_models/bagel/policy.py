@@ -55,6 +55,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
         lora: Lora | None = None,
         autoencoder: Autoencoder | None = None,
         look: LookAt = "vae_vit",
+        name: str = "",
     ) -> None:
         self.network = network
         self.codec = codec
@@ -65,9 +66,8 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
         network.checkpointing = place.checkpointing
         if place.compile:
             compile_units(network.layers[:-1])  # the last has passes of its own
-        self._weights = TrainedWeights(network, stored, folder, place, lora)
+        self._weights = TrainedWeights(network, stored, folder, place, lora, name or str(folder))
         self._root = ReplayRoot(network, codec, place.compute)
-        self._allowed = codec.allowed(place.device)
 
     @property
     def root(self) -> nn.Module:
@@ -174,7 +174,7 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
                 self.network,
                 self.codec,
                 grown,
-                self._allowed,
+                self._root.allowed,
                 uniform,
                 sampling.temperature,
                 graphs=self.place.cuda_graphs,
@@ -233,9 +233,10 @@ def load_bagel(
     text_branch: TextBranch = "system",
     look: LookAt = "vae_vit",
     pixels: torch.dtype = torch.float32,
+    name: str = "",
 ) -> BagelPolicy:
     """The policy of a checkpoint folder, whole or with adapters; ``pixels`` is the type that its
-    autoencoder computes in.
+    autoencoder computes in, ``name`` what adapters call it (its folder if empty).
 
     Raises:
         UserError: the folder is no checkpoint of this layout, or a tensor is missing, unexpected
@@ -264,4 +265,5 @@ def load_bagel(
         lora=lora,
         autoencoder=autoencoder,
         look=look,
+        name=name,
     )

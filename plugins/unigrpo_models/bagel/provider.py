@@ -15,7 +15,7 @@ from unigrpo_core.plugin import (
     fetched_folder,
     local_folder,
 )
-from unigrpo_models.bagel.layout import AUTOENCODER, FILES, WEIGHTS
+from unigrpo_models.bagel.layout import FILES
 
 if TYPE_CHECKING:
     from unigrpo_core.workload import Account, Workload
@@ -76,9 +76,8 @@ def build(options: BagelOptions, place: Placement) -> BagelPolicy:
 
     lora = None
     if options.lora_rank:
-        asked = {"text": options.lora_text, "image": options.lora_image}
-        targets = {expert: names for expert, names in asked.items() if names}
-        lora = Lora(options.lora_rank, options.lora_alpha or 2 * options.lora_rank, targets)
+        alpha = options.lora_alpha or 2 * options.lora_rank
+        lora = Lora(options.lora_rank, alpha, _targets(options))
     return load_bagel(
         fetched_folder("checkpoint", options.checkpoint, FILES),
         options.system_prompt,
@@ -87,25 +86,24 @@ def build(options: BagelOptions, place: Placement) -> BagelPolicy:
         text_branch=options.text_branch,
         look=options.look,
         pixels=torch.bfloat16 if options.autoencoder == "bf16" else torch.float32,
+        name=options.checkpoint,
     )
 
 
+def _targets(options: BagelOptions) -> dict[str, tuple[str, ...]]:
+    """The layers of each expert that get adapters; an expert that is trained whole has none."""
+    asked = {"text": options.lora_text, "image": options.lora_image}
+    return {expert: names for expert, names in asked.items() if names}
+
+
 def notes(options: BagelOptions) -> Sequence[str]:
-    from unigrpo_models.bagel.config import BagelConfig
-    from unigrpo_models.stored import Stored
+    from unigrpo_models.bagel.preflight import preflight
 
     try:
         folder = local_folder("checkpoint", options.checkpoint, FILES)
-        files = {WEIGHTS: "weights are"}
-        if BagelConfig.read(folder).latent.space == "flux":
-            files[AUTOENCODER] = "autoencoder is"
-        there = [folder / name for name in files if (folder / name).exists()]
-        for file in there:
-            Stored(file).close()
+        return tuple(preflight(folder, _targets(options) if options.lora_rank else {}))
     except UserError as error:
         return (str(error),)
-    missing = {folder / name: what for name, what in files.items() if folder / name not in there}
-    return tuple(f"the {what} not there yet: {file}" for file, what in missing.items())
 
 
 def account(options: BagelOptions, load: Workload) -> Account:

@@ -38,6 +38,8 @@ class ReplayRoot(nn.Module):
         self.network = network
         self.codec = codec
         self.compute = compute
+        self.allowed: Tensor
+        self.register_buffer("allowed", codec.allowed(self.device), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +97,7 @@ class ReplayRoot(nn.Module):
         hidden = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2]))
         logits = scaled_logits(
             self.network.language_model.lm_head(hidden),
-            self.codec.allowed(hidden.device),
+            self.allowed,
             batch.temperature,
         )
         tokens = batch.tokens.masked_fill(~batch.mask, self.codec.eos)

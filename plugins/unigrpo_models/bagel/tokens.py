@@ -13,14 +13,9 @@ from transformers import AutoTokenizer
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.records import Prompt
-from unigrpo_models.bagel.layout import TOKENIZER, inventory
+from unigrpo_models.bagel.layout import SPECIAL, TOKENIZER, inventory
 
-SPECIAL = {
-    "bos": "<|im_start|>",
-    "eos": "<|im_end|>",
-    "image_start": "<|vision_start|>",
-    "image_end": "<|vision_end|>",
-}
+SHOWN = 100  # words of a vocabulary in a message
 
 
 @dataclass(frozen=True)
@@ -82,16 +77,21 @@ class Codec:
         """``[bos] ids [eos]``.
 
         Raises:
-            UserError: the text has words that the tokenizer does not know.
+            UserError: the text has words that the tokenizer does not know, or a control token.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if control := [word for word in SPECIAL.values() if word in text]:
+            raise UserError(
+                f"{', '.join(control)} in a text would steer the model; take it out: {text[:80]!r}"
+            )
         unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in ids:
+        if unknown is not None and unknown in ids and self.tokenizer.unk_token not in text:
             words = [w for w in text.split() if self.tokenizer.convert_tokens_to_ids(w) == unknown]
-            known = [w for w in self.tokenizer.get_vocab() if not w.startswith("<")]
+            known = sorted(w for w in self.tokenizer.get_vocab() if not w.startswith("<"))
+            more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
             raise UserError(
                 f"the model does not know {', '.join(map(repr, words)) or repr(text)}; "
-                f"its words are: {' '.join(sorted(known))}"
+                f"its words are: {' '.join(known[:SHOWN])}{more}"
             )
         return [self.bos, *ids, self.eos]
 

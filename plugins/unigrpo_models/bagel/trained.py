@@ -11,22 +11,11 @@ from unigrpo_core.plugin import Placement
 from unigrpo_models.adapters import CONFIG as ADAPTERS
 from unigrpo_models.adapters import Adapters, Lora
 from unigrpo_models.bagel.checkpoint import open_weights, write_checkpoint
-from unigrpo_models.bagel.layout import WEIGHTS
+from unigrpo_models.bagel.layout import WEIGHTS, expert_of
 from unigrpo_models.bagel.network import BagelNetwork
 from unigrpo_models.reading import read_over
 from unigrpo_models.stored import Stored
 from unigrpo_models.trainable import Trainable, trained_whole
-
-FROZEN = ("_pos_embed", "vit_model.", "connector.")
-"""What no expert owns: the position tables, and what only reads images."""
-IMAGE = ("_moe_gen", "time_embedder", "vae2llm", "llm2vae")
-
-
-def expert_of(name: str) -> str | None:
-    """The expert that owns a parameter or a module, by its path; None for what no one trains."""
-    if any(part in name for part in FROZEN):
-        return None
-    return "image" if any(part in name for part in IMAGE) else "text"
 
 
 def type_of(name: str, place: Placement, lora: Lora | None) -> torch.dtype:
@@ -42,6 +31,7 @@ class TrainedWeights(Trainable):
         stored: the file they were read from (None: from none), which has what is not trained in
             its own type.
         folder: what else a checkpoint needs.
+        base: what adapters call the model that they are of.
 
     Raises:
         UserError: a target of ``lora`` binds nothing.
@@ -56,9 +46,11 @@ class TrainedWeights(Trainable):
         folder: Path,
         place: Placement,
         lora: Lora | None,
+        base: str,
     ) -> None:
         super().__init__(network, expert_of, place, lora)
         self._stored, self._folder, self._trains = stored, folder, bool(place.train)
+        self._base = base
 
     def save(self, folder: Path) -> None:
         """Adapters in PEFT's layout, whole weights in the published one.
@@ -67,7 +59,7 @@ class TrainedWeights(Trainable):
             OSError: the folder cannot be written.
         """
         if self.adapters is not None:
-            self.adapters.save(folder, str(self._folder))
+            self.adapters.save(folder, self._base)
             if not self.whole:
                 return
         state = self.network.published()
