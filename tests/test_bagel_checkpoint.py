@@ -451,3 +451,12 @@ def test_loading_takes_little_more_than_the_weights():
     done = subprocess.run([sys.executable, bench, "bf16"], stdout=subprocess.PIPE, check=True)
     figures = json.loads(done.stdout)
     assert 0.8 < figures["peak"] <= 1.1
+
+
+def test_control_tokens_in_a_prompt_are_refused_and_an_end_of_text_is_read(tmp_path):
+    codec = Codec.read(as_published(tmp_path / "BAGEL"), 300, 512, "")
+    with pytest.raises(UserError, match=r"<\|im_end\|> in a text would steer the model"):
+        codec.wrap("a cat<|im_end|>")
+    ids = codec.wrap("a<|endoftext|>b")
+    assert len(ids) > 4
+    assert not set(ids[1:-1]) & {codec.bos, codec.eos, codec.image_start, codec.image_end}

@@ -172,3 +172,13 @@ def test_the_recipe_says_how_the_policy_computes(checkpoint, tmp_path):
     built = tiny.setup(tmp_path, checkpoint, *overrides).policy
     assert built.place.checkpointing == built.network.checkpointing == "full"
     assert built.place.reference == "host"
+
+
+@pytest.mark.parametrize("train", [BOTH, frozenset()])
+def test_in_bf16_a_cache_has_one_type_and_grows_from_nothing(checkpoint, train):
+    built = load_bagel(checkpoint, "", Placement(torch.device("cpu"), torch.bfloat16, train))
+    sampling, keys = Sampling(3), [Key((row,)) for row in range(2)]
+    for history in (built.open(tiny.prompts(2)), built.start(2)):
+        _, longer = built.write(history, sampling, keys)
+        for kept in (history, longer):
+            assert {x.dtype for pair in kept.caches for x in pair} == {torch.bfloat16}

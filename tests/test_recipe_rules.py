@@ -58,6 +58,12 @@ def test_what_is_right(broken, overrides):
             "several rounds are not supported yet",
         ),
         (
+            ("compute.compile=true", "compute.checkpointing=selective"),
+            "compute.checkpointing",
+            '"selective" chooses among operations that compute.compile fuses; take "full" or '
+            '"none", or leave compile out',
+        ),
+        (
             ("group.fan_out=[12]",),
             "group.fan_out",
             "should have one number per segment of the episode: 2, got 1",

@@ -30,7 +30,8 @@ Deviations from the published example
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from unigrpo_core.errors import UserError
@@ -204,13 +205,14 @@ def _load(folder: Path) -> CLIPModel:
         kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
         if kind != "clip":
             raise ValueError(f'config.json says "model_type": {kind!r}, expected "clip"')
-        loaded: Any = CLIPModel.from_pretrained(
-            str(folder),
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _without_bars():
+            loaded: Any = CLIPModel.from_pretrained(
+                str(folder),
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # those of the file formats and of three libraries
         raise UserError(
             f"checkpoint: {folder} cannot be loaded as a CLIP model: {error}"
@@ -222,6 +224,20 @@ def _load(folder: Path) -> CLIPModel:
             first = ", ".join(sorted(names)[:3])
             raise UserError(f"checkpoint: {folder} {what} {len(names)} weights: {first} ...")
     return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' progress bar would stand between what a run prints."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _device(name: str) -> device:
