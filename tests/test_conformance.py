@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import tiny_clip
+import tiny_lm
 from unigrpo_board.prompts import BoardPrompts
 
 from unigrpo_core.catalog import load_catalog
@@ -39,6 +40,17 @@ class TestBrightness(RewardConformance):
 
 class TestRandomReward(RewardConformance):
     use = "random"
+
+
+class TestPattern(RewardConformance):
+    use = "pattern"
+    options: ClassVar = {"pattern": r"\d"}
+    thoughts = ("3 of 4", "none", "", "12")
+
+
+class TestPatternOfWords(RewardConformance):
+    use = "pattern"
+    options: ClassVar = {"pattern": r"[a-z]+,?", "per": "word"}
 
 
 class TestBoardVerifier(RewardConformance):
@@ -185,6 +197,19 @@ class TestBagel(TextPolicyConformance, ImageFlowPolicyConformance):
     use = "bagel"
     options: ClassVar = {"checkpoint": "pkg:unigrpo_board/checkpoint"}
     prompts = BOARD
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    return str(tiny_lm.write(tmp_path_factory.mktemp("tiny-lm")))
+
+
+class TestCausalLM(TextPolicyConformance):
+    use = "hf_causal_lm"
+
+    @pytest.fixture
+    def given(self, language_model):
+        return {"checkpoint": language_model, "system_prompt": "Count.", "open": "<think>"}
 
 
 # --- nothing is left out ----------------------------------------------------------------------

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from unigrpo_core.errors import UserError
 
 
-def bind(expert: str, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
-    """The layers that the targets name: by a whole path or by its last parts, with or without the
+def bind(expert: str, option: str, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """The layers of an expert that the targets of a recipe's ``option`` name: by a whole path or by its last parts, with or without the
     expert's suffix."""
     bound: dict[str, None] = {}
     for target in targets:
@@ -16,7 +16,7 @@ def bind(expert: str, targets: Sequence[str], layers: Sequence[str]) -> list[str
         if not named:
             words = sorted({_short(_plain(name)) for name in layers})
             raise UserError(
-                f"policy.lora_{expert} names {target!r}, which is no linear layer of the {expert} "
+                f"{option} names {target!r}, which is no linear layer of the {expert} "
                 f"expert; its layers are: {', '.join(words)}"
             )
         bound |= dict.fromkeys(named)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from unigrpo_core.plugin import Provider, hookimpl
-from unigrpo_rewards import brightness, file_prompts, pickscore, random_reward
+from unigrpo_rewards import brightness, file_prompts, pattern, pickscore, random_reward
 
 
 @hookimpl
@@ -13,6 +13,7 @@ def unigrpo_rewards() -> Iterator[Provider]:
     yield brightness.PROVIDER
     yield random_reward.PROVIDER
     yield pickscore.PROVIDER
+    yield pattern.PROVIDER
 
 
 @hookimpl

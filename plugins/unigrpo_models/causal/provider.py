@@ -1,0 +1,102 @@
+"""The policy ``hf_causal_lm`` as a plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from unigrpo_core.errors import UserError
+from unigrpo_core.plugin import Field, Options, Placement, Provider
+from unigrpo_models.causal.files import find, weight_files
+from unigrpo_models.checkpoints import HubCheckpoint
+
+if TYPE_CHECKING:
+    from unigrpo_models.causal.policy import CausalPolicy
+
+PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+
+
+class CausalOptions(Options):
+    checkpoint: HubCheckpoint = Field(
+        description="a folder that save_pretrained wrote (a relative one counts from the recipe), "
+        "pkg:PACKAGE/FOLDER for one that a package ships, or OWNER/NAME or OWNER/NAME@REVISION on "
+        "the Hugging Face hub, if no such folder stands beside the recipe"
+    )
+    system_prompt: str = Field(
+        "",
+        description="the chat's system message, or without a chat what stands before every prompt; "
+        "empty: none (a chat template may have one of its own)",
+    )
+    chat: bool = Field(
+        True,
+        description="whether a prompt is the user's turn in the tokenizer's chat template; false: "
+        "system_prompt, prompt and open one after the other, as they stand",
+    )
+    open: str = Field(
+        "",
+        description='the beginning of every text, given and not sampled, such as "<think>\\n"; it '
+        "is no part of the thought that rewards read",
+    )
+    close: str = Field(
+        "",
+        description="a text that ends a thought as the model's own end does, one token of its "
+        'tokenizer, such as "</think>"; empty: none',
+    )
+    enable_thinking: bool | None = Field(
+        None,
+        description="what the chat template is told under this name, if it knows it, as Qwen3's "
+        "does; absent: nothing",
+    )
+    lora_rank: int = Field(
+        0, ge=0, description="rank of adapters on the layers below; 0: the whole model is trained"
+    )
+    lora_alpha: int | None = Field(
+        None, gt=0, description="their scale is lora_alpha / lora_rank; twice the rank when absent"
+    )
+    lora_targets: tuple[str, ...] = Field(
+        PROJECTIONS,
+        min_length=1,
+        description="layers with adapters, by the end of their path",
+    )
+
+
+def build(options: CausalOptions, place: Placement) -> CausalPolicy:
+    from unigrpo_models.adapters import Lora
+    from unigrpo_models.causal.policy import load_causal
+    from unigrpo_models.causal.tokens import Style
+
+    lora = None
+    if options.lora_rank:
+        alpha = options.lora_alpha or 2 * options.lora_rank
+        targets = {"text": options.lora_targets}
+        lora = Lora(options.lora_rank, alpha, targets, option="policy.lora_targets")
+    style = Style(
+        system_prompt=options.system_prompt,
+        chat=options.chat,
+        open=options.open,
+        close=options.close,
+        enable_thinking=options.enable_thinking,
+    )
+    return load_causal(find(options.checkpoint, fetch=True), style, place, lora=lora)
+
+
+def notes(options: CausalOptions) -> Sequence[str]:
+    try:
+        weight_files(find(options.checkpoint, fetch=False))
+    except UserError as error:
+        return (str(error),)
+    return ()
+
+
+PROVIDER = Provider(
+    name="hf_causal_lm",
+    build=build,
+    options=CausalOptions,
+    summary="any causal language model of transformers, by folder or hub id; it writes",
+    cite="Wolf et al. 2020, arXiv 1910.03771",
+    provides=("text",),
+    notes=notes,
+)
