@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from unigrpo_core.plugin import Providers, hookimpl
 from unigrpo_models.bagel import provider
+from unigrpo_models.painters.provider import PROVIDERS
 
 
 @hookimpl
 def unigrpo_policies() -> Providers:
     yield provider.PROVIDER
+    yield from PROVIDERS
