@@ -167,11 +167,11 @@ def load_flux(
         ("scheduler", "transformer", "vae", *texts),
     )
     from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import (
+    from transformers import (  # type: ignore[attr-defined]
         CLIPTextModel,
         CLIPTokenizer,
         T5EncoderModel,
-        T5TokenizerFast,  # type: ignore[attr-defined]
+        T5TokenizerFast,
     )
 
     short = load_tokenizer(CLIPTokenizer, path / texts[0])

@@ -151,11 +151,11 @@ def load_sd3(options: SD3Options, path: Path, place: Placement, weights: torch.d
         ("scheduler", "transformer", "vae", *clips, *(T5 if options.text_encoder_3 else ())),
     )
     from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from transformers import (
+    from transformers import (  # type: ignore[attr-defined]
         CLIPTextModelWithProjection,
         CLIPTokenizer,
         T5EncoderModel,
-        T5TokenizerFast,  # type: ignore[attr-defined]
+        T5TokenizerFast,
     )
 
     words: list[Tokenizer] = []
