@@ -8,9 +8,11 @@ from typing import ClassVar
 import pytest
 import tiny_clip
 import tiny_lm
+import tiny_painters
 from unigrpo_board.prompts import BoardPrompts
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.records import Prompt
 from unigrpo_core.testing import (
     AdvantageConformance,
     FlowRegularizerConformance,
@@ -210,6 +212,27 @@ class TestCausalLM(TextPolicyConformance):
     @pytest.fixture
     def given(self, language_model):
         return {"checkpoint": language_model, "system_prompt": "Count.", "open": "<think>"}
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-painters")
+    tiny_painters.write_sd3(folder / "sd3")
+    tiny_painters.write_flux(folder / "flux")
+    return folder
+
+
+class TestSD3(ImageFlowPolicyConformance):
+    use = "sd3"
+    prompts = tuple(Prompt(text, text) for text in ("a red cat", "red", "two pears"))
+
+    @pytest.fixture
+    def given(self, pipelines):
+        return {"checkpoint": str(pipelines / self.use), "max_text_tokens": 12}
+
+
+class TestFlux(TestSD3):
+    use = "flux"
 
 
 # --- nothing is left out ----------------------------------------------------------------------

@@ -8,8 +8,8 @@ from unigrpo_core.errors import UserError
 
 
 def bind(expert: str, option: str, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
-    """The layers of an expert that the targets of a recipe's ``option`` name: by a whole path or by its last parts, with or without the
-    expert's suffix."""
+    """The layers of an expert that the targets of a recipe's ``option`` name: by a whole path or by
+    its last parts, with or without the expert's suffix."""
     bound: dict[str, None] = {}
     for target in targets:
         named = [name for name in layers if f".{target}" in _endings(name)]

@@ -6,29 +6,17 @@ import json
 from pathlib import Path
 
 from unigrpo_core.errors import UserError
-from unigrpo_models.checkpoints import fetched_folder, local_folder
+from unigrpo_core.plugin import Files
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PATTERNS = ("*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja")
-"""What is downloaded of a repository: no pickles, and no code."""
-
-
-def find(checkpoint: str, *, fetch: bool) -> Path:
-    """The folder meant by a ``HubCheckpoint``, its weights in one file or in several; with
-    ``fetch`` what the hub's cache lacks is downloaded.
-
-    Raises:
-        UserError: it is not there, or cannot be downloaded.
-    """
-    try:
-        return local_folder(checkpoint, (CONFIG, INDEX))
-    except UserError:
-        needed = (CONFIG, SINGLE)
-        if fetch:
-            return fetched_folder(checkpoint, needed, PATTERNS)
-        return local_folder(checkpoint, needed)
+FILES = Files(
+    needed=(CONFIG,),
+    either=((SINGLE,), (INDEX,)),
+    optional=("*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"),
+)
+"""What is read of a repository: no pickles, and no code."""
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from unigrpo_core.errors import UserError
-from unigrpo_core.plugin import Field, Options, Placement, Provider
-from unigrpo_models.causal.files import find, weight_files
-from unigrpo_models.checkpoints import HubCheckpoint
+from unigrpo_core.plugin import (
+    Field,
+    HubPath,
+    Options,
+    Placement,
+    Provider,
+    fetched_folder,
+    local_folder,
+)
+from unigrpo_models.causal.files import FILES, weight_files
 
 if TYPE_CHECKING:
     from unigrpo_models.causal.policy import CausalPolicy
@@ -20,7 +27,7 @@ PROJECTIONS = (
 
 
 class CausalOptions(Options):
-    checkpoint: HubCheckpoint = Field(
+    checkpoint: HubPath = Field(
         description="a folder that save_pretrained wrote (a relative one counts from the recipe), "
         "pkg:PACKAGE/FOLDER for one that a package ships, or OWNER/NAME or OWNER/NAME@REVISION on "
         "the Hugging Face hub, if no such folder stands beside the recipe"
@@ -80,12 +87,14 @@ def build(options: CausalOptions, place: Placement) -> CausalPolicy:
         close=options.close,
         enable_thinking=options.enable_thinking,
     )
-    return load_causal(find(options.checkpoint, fetch=True), style, place, lora=lora)
+    return load_causal(
+        fetched_folder("checkpoint", options.checkpoint, FILES), style, place, lora=lora
+    )
 
 
 def notes(options: CausalOptions) -> Sequence[str]:
     try:
-        weight_files(find(options.checkpoint, fetch=False))
+        weight_files(local_folder("checkpoint", options.checkpoint, FILES))
     except UserError as error:
         return (str(error),)
     return ()

@@ -1,0 +1,140 @@
+"""A pipeline's folder in diffusers' layout: what it has, known without torch and before a load.
+
+Source
+    diffusers 0.42: ``model_index.json`` names the pipeline's class, and of each component library
+    and class, or nulls; a component's files stand in a folder of its name.
+
+Convention
+    Time runs from t = 1 (noise) to 0, so a flow-match scheduler's sigma is t, and its ``shift`` is
+    the engine's. A dynamic shift depends on the number of image tokens: with mu on the line through
+    (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), the shift is exp(mu)
+    ("exponential") or mu ("linear").
+
+Deviations and readings
+    1. The grid is the recipe's, so a scheduler that bends it in another way (terminal shift;
+       Karras, exponential or beta sigmas; inversion) is refused, not ignored.
+    2. Its stochastic sampling is ignored: noise is the recipe's scheduler's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unigrpo_core.errors import UserError
+from unigrpo_core.plugin import Files
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+FLOW_MATCH = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+BENDS = (
+    *("invert_sigmas", "shift_terminal", "use_karras_sigmas"),
+    *("use_exponential_sigmas", "use_beta_sigmas"),
+)
+FILES = Files(
+    needed=(INDEX,),
+    published=(SCHEDULER, "transformer/config.json", "vae/config.json"),
+    optional=(
+        *("*/config.json", "tokenizer*/*"),
+        *("transformer/diffusion_pytorch_model*.index.json", "text_encoder*/model*.index.json"),
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model-*-of-*.safetensors",
+        *("text_encoder*/model.safetensors", "text_encoder*/model-*-of-*.safetensors"),
+    ),
+)
+"""What is read of a repository: no variants in other types, no single-file copies, no pickles."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The timestep shift of a scheduler's configuration."""
+
+    config: Mapping[str, Any]
+
+    def __call__(self, tokens: int) -> float:
+        """For an image of so many tokens."""
+        config = self.config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("shift", 1.0))
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = float(base + (most - base) * (tokens - low) / (high - low))
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A folder that has what was asked for."""
+
+    path: Path
+    shift: Shift
+    components: frozenset[str]
+
+
+def open_pipeline(
+    path: Path, pipeline: str, transformer: str, needed: Sequence[str], optional: Sequence[str] = ()
+) -> PipelineFolder:
+    """Reads the folder's index and its scheduler's configuration.
+
+    Args:
+        pipeline, transformer: the classes that it must name.
+        needed, optional: components that it must have, and that are taken if it has them.
+
+    Raises:
+        UserError: it is no such pipeline, lacks a component, or is no flow-match one.
+    """
+    index = _read(path / INDEX, f"is no folder of a {pipeline}: it has no {INDEX}")
+    found = index.get("_class_name")
+    if found != pipeline:
+        raise UserError(f"{path} is a {found}, which this policy is not for: it takes {pipeline}")
+    named = {name: entry[1] for name, entry in index.items() if _is_component(entry)}
+    missing = [name for name in needed if name not in named or not (path / name).is_dir()]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; a {pipeline} needs {', '.join(needed)}: download "
+            "or save the pipeline again"
+        )
+    if named["transformer"] != transformer:
+        raise UserError(
+            f"{path}: its transformer is a {named['transformer']}; this policy takes {transformer}"
+        )
+    scheduler = _read(path / SCHEDULER, f"lacks {SCHEDULER}")
+    _check_flow(path, scheduler)
+    there = {*needed, *(n for n in optional if n in named and (path / n).is_dir())}
+    return PipelineFolder(path, Shift(scheduler), frozenset(there))
+
+
+def _check_flow(path: Path, scheduler: Mapping[str, Any]) -> None:
+    found = scheduler.get("_class_name")
+    if found not in FLOW_MATCH:
+        raise UserError(
+            f"{path}: its scheduler is a {found}, which is not flow-match; the model must predict "
+            f"the velocity noise - data of a flow, with {' or '.join(FLOW_MATCH)}"
+        )
+    bent = [name for name in BENDS if scheduler.get(name)]
+    if bent:
+        raise UserError(
+            f"{path}: its scheduler has {', '.join(bent)}, which no grid of a recipe follows; "
+            f"where images are right without, take it out of {SCHEDULER}"
+        )
+
+
+def _is_component(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def _read(path: Path, without: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent if path.name == INDEX else path} {without}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no JSON object")
+    return found

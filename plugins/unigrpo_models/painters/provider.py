@@ -1,0 +1,196 @@
+"""The image flow policies as plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import field_validator
+
+from unigrpo_core.errors import UserError
+from unigrpo_core.plugin import (
+    Field,
+    HubPath,
+    Options,
+    Placement,
+    Provider,
+    fetched_folder,
+    local_folder,
+)
+from unigrpo_models.painters.folder import FILES
+from unigrpo_models.painters.template import PROMPT, THOUGHT
+
+if TYPE_CHECKING:
+    from unigrpo_models.adapters import Lora
+    from unigrpo_models.painters.painter import Painter
+    from unigrpo_models.painters.policy import PainterPolicy
+
+
+class PainterOptions(Options):
+    """What a painter is loaded by."""
+
+    checkpoint: HubPath = Field(
+        description="a pipeline's folder in diffusers' layout (a relative one counts from the "
+        "recipe), pkg:PACKAGE/FOLDER for one that a package ships, or OWNER/NAME or "
+        "OWNER/NAME@REVISION on the Hugging Face hub, if no such folder stands beside the recipe"
+    )
+    lora_rank: int = Field(
+        0, ge=0, description="rank of adapters on the transformer; 0: all of it is trained"
+    )
+    lora_alpha: int | None = Field(
+        None, gt=0, description="their scale is lora_alpha / lora_rank; twice the rank when absent"
+    )
+    lora_image: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="layers of the transformer with adapters, by the end of their path; those "
+        "customary for the model when absent",
+    )
+    overlong: Literal["error", "cut"] = Field(
+        "error",
+        description="what becomes of a text longer than a text encoder reads: the run does not "
+        "start, or the encoder reads its beginning, as in diffusers",
+    )
+    text_encoders: Literal["device", "host"] = Field(
+        "device",
+        description="where the text encoders wait for new texts: on the device, or in the host's "
+        "memory, from which they are copied each time",
+    )
+    kept_texts: int = Field(
+        2048, ge=1, description="texts whose embeddings are kept in the host's memory"
+    )
+
+
+class DrawingOptions(PainterOptions):
+    """What a policy that only draws takes beside it."""
+
+    template: str = Field(
+        PROMPT, description="the text that is drawn; {prompt} stands for the prompt"
+    )
+    negative: str = Field(
+        "", description='what guidance\'s branch "text" stands on; empty: the empty text'
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _reads_the_prompt(cls, template: str) -> str:
+        if PROMPT not in template or THOUGHT in template:
+            raise ValueError(
+                f"the template must have {PROMPT} and not {THOUGHT}, since nothing is thought; "
+                f"got {template!r}"
+            )
+        return template
+
+
+class SD3Options(DrawingOptions):
+    text_encoder_3: bool = Field(
+        True, description="whether T5 is loaded and read; without it the model sees zeros for it"
+    )
+    max_text_tokens: int = Field(256, ge=1, le=512, description="tokens that T5 reads, padding in")
+
+
+class FluxOptions(DrawingOptions):
+    max_text_tokens: int = Field(512, ge=1, le=512, description="tokens that T5 reads, padding in")
+    embedded_guidance: float | None = Field(
+        None,
+        ge=0,
+        description="the guidance scale that FLUX.1-dev takes as an input; 3.5 when absent",
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A painter by name: ``load(options, folder, placement, type of the network's weights)``."""
+
+    name: str
+    options: type[DrawingOptions]
+    load: Callable[..., Painter]
+    summary: str
+    cite: str
+
+
+def _load_sd3(*arguments: Any) -> Painter:
+    from unigrpo_models.painters.sd3 import load_sd3
+
+    return load_sd3(*arguments)
+
+
+def _load_flux(*arguments: Any) -> Painter:
+    from unigrpo_models.painters.flux import load_flux
+
+    return load_flux(*arguments)
+
+
+KINDS = (
+    Kind(
+        "sd3",
+        SD3Options,
+        _load_sd3,
+        "Stable Diffusion 3 and 3.5: draws prompts",
+        "Esser et al. 2024, arXiv 2403.03206",
+    ),
+    Kind(
+        "flux",
+        FluxOptions,
+        _load_flux,
+        "FLUX.1: draws prompts",
+        "Black Forest Labs 2024, https://github.com/black-forest-labs/flux",
+    ),
+)
+
+
+def paint(kind: Kind, options: PainterOptions, place: Placement) -> Painter:
+    """The painter of a checkpoint; its network is float32 where all of it is trained.
+
+    Raises:
+        UserError: diffusers is missing, or the checkpoint does not fit or is not there.
+    """
+    import torch
+
+    whole = "image" in place.train and not options.lora_rank
+    path = fetched_folder("checkpoint", options.checkpoint, FILES)
+    return kind.load(options, path, place, torch.float32 if whole else place.compute)
+
+
+def adapters_of(options: PainterOptions, painter: Painter) -> Lora | None:
+    """The adapters that the options ask for."""
+    from unigrpo_models.adapters import Lora
+
+    rank, targets = options.lora_rank, options.lora_image or painter.targets
+    return Lora(rank, options.lora_alpha or 2 * rank, {"image": targets}) if rank else None
+
+
+def notes(options: PainterOptions) -> Sequence[str]:
+    try:
+        local_folder("checkpoint", options.checkpoint, FILES)
+    except UserError as error:
+        return (str(error),)
+    return ()
+
+
+def provider_of(kind: Kind) -> Provider:
+    def build(options: DrawingOptions, place: Placement) -> PainterPolicy:
+        from unigrpo_models.painters.policy import PainterPolicy
+
+        painter = paint(kind, options, place)
+        return PainterPolicy(
+            painter,
+            place,
+            template=options.template,
+            negative=options.negative,
+            lora=adapters_of(options, painter),
+        )
+
+    return Provider(
+        name=kind.name,
+        build=build,
+        options=kind.options,
+        summary=kind.summary,
+        cite=kind.cite,
+        provides=("image", "branch:text"),
+        notes=notes,
+    )
+
+
+PROVIDERS = tuple(provider_of(kind) for kind in KINDS)

@@ -1,0 +1,157 @@
+"""Tiny pipelines of diffusers' own classes with random weights, saved in the published layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CLIP_LENGTH, T5_LENGTH = 16, 12
+CLIP = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2}
+CLIP |= {"num_attention_heads": 4, "projection_dim": 32}
+CLIP |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}  # 2: the end is the highest id
+T5 = {"d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+
+
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "re", "red</w>"]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=CLIP_LENGTH)
+
+
+def t5_tokenizer(folder: Path) -> T5TokenizerFast:
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    words += [(letter, -3.0 - number / 10) for number, letter in enumerate(LETTERS)]
+    words += [("▁red", -2.5), ("▁a", -2.5)]
+    fast = Tokenizer(models.Unigram(words, unk_id=2))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    folder.mkdir(parents=True)
+    fast.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def _random(model: Any) -> Any:
+    """Weights large enough for texts and times to matter."""
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    return model.eval()
+
+
+def _autoencoder(channels: int) -> AutoencoderKL:
+    """A latent is two pixels wide."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5305,
+        sample_size=32,
+    ).eval()
+
+
+def _clip(kind: Any, words: CLIPTokenizer) -> Any:
+    return _random(
+        kind(CLIPTextConfig(vocab_size=len(words), max_position_embeddings=CLIP_LENGTH, **CLIP))
+    )
+
+
+def _t5(words: T5TokenizerFast, width: int) -> T5EncoderModel:
+    return _random(T5EncoderModel(T5Config(vocab_size=len(words), d_model=width, **T5)))
+
+
+def write_sd3(folder: Path) -> Path:
+    """A StableDiffusion3Pipeline; tokens of 4 pixels, and at most 16 of them a side."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        words = clip_tokenizer(folder / "clip-words")
+        long = t5_tokenizer(folder / "t5-words")
+        transformer = SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=64,
+            out_channels=16,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
+        StableDiffusion3Pipeline(
+            transformer=_random(transformer),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_autoencoder(16),
+            text_encoder=_clip(CLIPTextModelWithProjection, words),
+            tokenizer=words,
+            text_encoder_2=_clip(CLIPTextModelWithProjection, words),
+            tokenizer_2=words,
+            text_encoder_3=_t5(long, 64),
+            tokenizer_3=long,
+        ).save_pretrained(folder)
+    return folder
+
+
+def write_flux(folder: Path, *, guidance: bool = True) -> Path:
+    """A FluxPipeline; tokens of 4 pixels, of 4 channels of latents."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        words, long = clip_tokenizer(folder / "clip-words"), t5_tokenizer(folder / "t5-words")
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 4, 8),
+        )
+        FluxPipeline(
+            transformer=_random(transformer),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance),
+            vae=_autoencoder(4),
+            text_encoder=_clip(CLIPTextModel, words),
+            tokenizer=words,
+            text_encoder_2=_t5(long, 32),
+            tokenizer_2=long,
+        ).save_pretrained(folder)
+    return folder
