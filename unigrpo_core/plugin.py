@@ -104,7 +104,10 @@ class Provider:
             "metadata", "thought", "image"; nothing by default), and the lowest and highest score.
         provides: for policies, what they can do: "text", "image", and "branch:NAME" for each
             unconditional context: by convention "text" without the prompt, "image" without the
-            thought and what was looked at.
+            thought and what was looked at. What the parts of a policy provide is added.
+        parts: for policies that are made of others, which: of "text" and "image". They are stated
+            below this one in the recipe, and ``build(options, placement, *parts)`` gets them built,
+            in this order.
         notes: for ``unigrpo check``: told about the options without loading anything, returns what
             the user should know, such as weights that are not there yet.
         account: for policies, what ``unigrpo check --memory`` prints: from the options and a
@@ -123,6 +126,7 @@ class Provider:
     provides: Sequence[str] = ()
     notes: Callable[[Any], Sequence[str]] | None = None
     account: Callable[[Any, Workload], Account] | None = None
+    parts: Sequence[str] = ()
 
 
 Providers = Iterator[Provider]

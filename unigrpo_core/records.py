@@ -180,6 +180,7 @@ class ReplayBatch:
     t: Tensor | None  # float32 [B, K]
     branches: tuple[str, ...]  # unconditional contexts whose velocities guidance needs
     context_gradient: bool  # False: image gradients stop before the text policy
+    thoughts: tuple[str, ...] = ()  # the thoughts in words, B of them; none: there are none
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,6 +43,7 @@ class TrainSet:
     rewards: Tensor  # float32 [B, K]
     sizes: tuple[int, ...]  # tokens of each context
     image_tokens: int  # tokens of one point
+    thoughts: tuple[str, ...]  # B of them, or none
 
     @property
     def columns(self) -> int:
@@ -83,6 +84,7 @@ class TrainSet:
             t=None if points is None else points.t,
             branches=_branches(setup, points),
             context_gradient=setup.recipe.image.context_gradient,
+            thoughts=tuple(self.thoughts[row] for row in batch.rows.tolist() if self.thoughts),
         )
 
 
@@ -107,7 +109,7 @@ def build_train_set(
         else:
             image = level
     owner = torch.arange(len(rollout.prompts)) if text is None else rollout.ancestors(text, -1)
-    count = len(owner)
+    count, thoughts = len(owner), tuple[str, ...]()
     if text is None:
         tokens = torch.zeros(count, 0, dtype=torch.int64, device=device)
         mask, logps = tokens.bool(), tokens.float()
@@ -115,6 +117,7 @@ def build_train_set(
         written = rollout.segments[text]
         assert isinstance(written, TextSegment)
         tokens, mask, logps = written.tokens, written.mask, written.logps
+        thoughts = written.texts
     text_advantages = None if text is None else advantages[text]
     prompts = tuple(rollout.prompts[row] for row in owner.tolist())
     lengths = mask.sum(1).tolist()
@@ -147,6 +150,7 @@ def build_train_set(
         rewards=(nothing if rewards is None else rewards).to(device),
         sizes=sizes,
         image_tokens=image_tokens,
+        thoughts=thoughts,
     )
 
 

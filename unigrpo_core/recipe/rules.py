@@ -178,8 +178,8 @@ def _required(recipe: Recipe) -> Broke:
 def _policy(recipe: Recipe) -> Broke:
     segments = dict.fromkeys(segment for _, episode in _episodes(recipe) for segment in episode)
     for segment in segments:
-        if EXPERT_OF[segment] not in recipe.policy.component.provider.provides:
-            can = ", ".join(recipe.policy.component.provider.provides)
+        if EXPERT_OF[segment] not in recipe.policy.provides:
+            can = ", ".join(sorted(recipe.policy.provides))
             message = (
                 f"cannot {segment}: the episode needs a policy that provides "
                 f"{EXPERT_OF[segment]!r}, and {recipe.policy.use!r} provides {can or 'nothing'}"
@@ -260,7 +260,7 @@ def _regularizers(recipe: Recipe) -> Broke:
 
 
 def _branches(recipe: Recipe) -> Broke:
-    provides = recipe.policy.component.provider.provides
+    provides = recipe.policy.provides
     tables: list[tuple[KeyPath, tuple[Segment, ...] | None, GuidanceSlot | None]] = [
         (("image", "guidance"), recipe.episode, recipe.image.guidance)
     ]
@@ -280,6 +280,23 @@ def _branches(recipe: Recipe) -> Broke:
                 yield Broken(path, message)
 
 
+def _parts(recipe: Recipe) -> Broke:
+    """A policy of parts has each of them, of a policy that does its work; another has none."""
+    policy = recipe.policy
+    asked, stated = policy.component.provider.parts, policy.parts
+    for name in asked:
+        if name not in stated:
+            message = f"{policy.use!r} is made of parts: state policy.{name} = {{ use = ... }}"
+            yield Broken(("policy", name), message)
+    for name, part in stated.items():
+        if name not in asked:
+            yield Broken(("policy", name), f"{policy.use!r} is not made of parts; take it out")
+        elif name not in part.provides:
+            can = ", ".join(sorted(part.provides)) or "nothing"
+            message = f"{part.use!r} provides {can}, and this part has to provide {name!r}"
+            yield Broken(("policy", name, "use"), message)
+
+
 def _compute(recipe: Recipe) -> Broke:
     if recipe.compute.compile and recipe.compute.checkpointing == "selective":
         message = (
@@ -289,7 +306,7 @@ def _compute(recipe: Recipe) -> Broke:
         yield Broken(("compute", "checkpointing"), message)
 
 
-_SHAPE_RULES = (_episode, _views, _fan_out, _train, _updates, _start, _after, _compute)
+_SHAPE_RULES = (_parts, _episode, _views, _fan_out, _train, _updates, _start, _after, _compute)
 _METHOD_RULES = (
     _required,
     _policy,

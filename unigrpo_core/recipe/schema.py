@@ -7,6 +7,7 @@ of steps); all others are the options of the component, which its provider's cla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -113,8 +114,40 @@ class Slot(Table):
 
 
 class PolicySlot(Slot):
+    """The parts of a policy that is made of others are slots of the same kind."""
+
     kind = "policy"
     interface = "Policy"
+
+    text: PolicySlot | None = Field(None, description="the part that writes, of a policy of parts")
+    image: PolicySlot | None = Field(None, description="the part that draws, of a policy of parts")
+
+    @property
+    def parts(self) -> dict[str, PolicySlot]:
+        """The parts that are stated, by name."""
+        stated = {"text": self.text, "image": self.image}
+        return {name: part for name, part in stated.items() if part is not None}
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What the policy can do; of one of parts, what these do: the one that writes writes, the
+        one that draws draws, and guidance has its branches."""
+        found = set(self.component.provider.provides)
+        for name, part in self.parts.items():
+            found |= part.provides & {name}
+            if name == "image":
+                found |= {what for what in part.provides if what.startswith("branch:")}
+        return frozenset(found)
+
+    def build(self, *arguments: Any) -> Any:
+        """The policy, of its parts, each of which is placed to train its own expert alone."""
+        names = self.component.provider.parts
+        built = [
+            self.parts[name].build(replace(place, train=place.train & {name}))
+            for name in names
+            for place in arguments
+        ]
+        return super().build(*arguments, *built)
 
 
 class PromptsSlot(Slot):
@@ -408,6 +441,8 @@ def slots(table: Table, above: str = "") -> Iterator[tuple[str, Slot]]:
         path = f"{above}{key}"
         if isinstance(value, Slot):
             yield path, value
+            if isinstance(value, PolicySlot):
+                yield from ((f"{path}.{name}", part) for name, part in value.parts.items())
         elif isinstance(value, Table):
             yield from slots(value, f"{path}.")
         elif isinstance(value, tuple):

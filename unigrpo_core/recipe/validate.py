@@ -80,7 +80,13 @@ class _Reader:
         component = self.component(cls, node, path)
         options = component and self.options(cls, component, node, path)
         own = [key for key in cls.own_keys() if key in node.value]
-        values = {key: _tuples(node.value[key].plain()) for key in own}
+        values: dict[str, Any] = {}
+        for key in own:
+            below, child = _table_of(cls.model_fields[key].annotation), node.value[key]
+            if below is None:
+                values[key] = _tuples(child.plain())
+            else:
+                values[key] = self.entry(below, child, (*path, key))
         values |= {"use": component and values["use"], "component": component, "options": options}
         return self.checked(cls, values, node, path)
 

@@ -16,8 +16,8 @@ from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Replay, ReplayBatch
 from unigrpo_models.adapters import Lora
 from unigrpo_models.painters.painter import Condition, Painter, whole
-from unigrpo_models.painters.template import conditioning_text
 from unigrpo_models.painters.trained import PainterWeights
+from unigrpo_models.template import conditioning_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class PainterPolicy(ImageFlowPolicy):
     """Draws prompts, each told to the painter by a template.
 
     Args:
-        template: see :mod:`unigrpo_models.painters.template`; there is no thought.
+        template: see :mod:`unigrpo_models.template`; there is no thought.
         negative: the text of guidance's branch "text", as it stands.
 
     Raises:

@@ -19,7 +19,7 @@ from unigrpo_core.plugin import (
     local_folder,
 )
 from unigrpo_models.painters.folder import FILES
-from unigrpo_models.painters.template import PROMPT, THOUGHT
+from unigrpo_models.template import PROMPT, THOUGHT
 
 if TYPE_CHECKING:
     from unigrpo_models.adapters import Lora

@@ -1,0 +1,174 @@
+"""A thinker and a painter as one policy, of tiny random models of the real classes."""
+
+import json
+
+import pytest
+import tiny_lm
+import tiny_painters
+import torch
+from tiny import Silent
+
+from unigrpo_core.catalog import load_catalog
+from unigrpo_core.engine.loop import Run
+from unigrpo_core.engine.setup import build_setup
+from unigrpo_core.errors import UserError
+from unigrpo_core.keys import Key
+from unigrpo_core.recipe import RecipeError, load_recipe
+from unigrpo_core.records import Prompt, Sampling
+
+PAIR = """\
+title = "a pair"
+steps = 2
+prompts = 2
+group = {{ fan_out = [2, 1] }}
+source = {{ use = "file", path = "prompts.txt" }}
+rewards = [{{ use = "brightness" }}]
+advantage = {{ use = "group_norm" }}
+
+[policy]
+use = "composed"
+text = {{ use = "hf_causal_lm", checkpoint = {lm} }}
+image = {{ use = "{painter}", checkpoint = {pipeline}, max_text_tokens = 12, overlong = "cut" }}
+
+[text]
+lr = 1e-3
+max_tokens = 6
+objective = {{ use = "grpo" }}
+
+[image]
+lr = 1e-3
+size = [32, 32]
+objective = {{ use = "flow_grpo", ratio_norm = true }}
+scheduler = {{ use = "flow_sde", steps = 4, noise_level = 0.7 }}
+window = {{ use = "random", size = 2, range = [0, 3] }}
+guidance = {{ use = "none" }}
+regularizers = [{{ use = "velocity_mse", weight = 0.1 }}]
+
+[evaluation]
+final_prompts = 2
+sheet = 0
+scheduler = {{ use = "ode", steps = 3 }}
+guidance = {{ use = "cfg", scale = 2.0 }}
+
+[compute]
+device = "cpu"
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_lm.write(folder / "lm")
+    tiny_painters.write_sd3(folder / "sd3")
+    tiny_painters.write_flux(folder / "flux")
+    return folder
+
+
+@pytest.fixture
+def recipe(models, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"{n} pears\n" for n in range(16)))
+
+    def recipe(*overrides, painter="sd3"):
+        (tmp_path / "pair.toml").write_text(
+            PAIR.format(
+                lm=json.dumps(str(models / "lm")),
+                painter=painter,
+                pipeline=json.dumps(str(models / painter)),
+            )
+        )
+        return load_recipe(tmp_path / "pair.toml", load_catalog(), overrides)
+
+    return recipe
+
+
+def trained(resolved, out):
+    Run(resolved, out, Silent())()
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize("painter", ["sd3", "flux"])
+def test_a_pair_trains_both_within_the_gaps(recipe, tmp_path, painter):
+    steps = trained(recipe(painter=painter), tmp_path / "run")
+    for step in steps:
+        assert step["gap/text_max"] <= 1e-4
+        assert step["gap/image_radius_share"] <= 0.25
+        assert step["text/grad_norm"] > 0
+        assert step["image/grad_norm"] > 0
+    assert steps[1]["image/velocity_mse"] > 0
+    assert {p.name for p in (tmp_path / "run" / "final").iterdir()} == {"text", "image"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "moves"),
+    [
+        (('train=["text"]',), {"text"}),
+        (('train=["image"]',), {"image"}),
+        (('episode=["draw"]', 'train=["image"]', "group.fan_out=[4]"), {"image"}),
+        (("policy.text.lora_rank=2", "policy.image.lora_rank=2"), {"text", "image"}),
+    ],
+)
+def test_either_side_stays_where_it_is_frozen(recipe, tmp_path, overrides, moves):
+    start = build_setup(recipe("steps=1", *overrides)).policy
+    before = {name: p.detach().clone() for name, p in start.root.named_parameters()}
+    trained(recipe("steps=1", *overrides), tmp_path / "run")
+    run = json.dumps(str(tmp_path / "run"))
+    after = build_setup(recipe("steps=1", *overrides, f"start={run}")).policy
+    moved = {
+        name.split(".")[0]
+        for name, p in after.root.named_parameters()
+        if not torch.equal(p, before[name])
+    }
+    assert moved == moves
+    if any("lora" in item for item in overrides):
+        same = [n for n in before if ".lora_" not in n]
+        weights = dict(after.root.named_parameters())
+        assert all(torch.equal(weights[name], before[name]) for name in same)
+
+
+def test_the_painter_is_told_prompt_and_thought(recipe):
+    built = build_setup(recipe("policy.template='{thought} | {prompt}'")).policy
+    prompts = (Prompt("a", "two pears"), Prompt("b", "one pear"))
+    written, history = built.write(built.open(prompts), Sampling(4), [Key((0,)), Key((1,))])
+    x_t, t = torch.randn(2, *built.latent_shape((32, 32))), torch.tensor([0.5, 0.5])
+    v = built.velocity(history, x_t, t)
+    alone = built.image
+    texts = [f"{text} | {p.text}".strip() for text, p in zip(written.texts, prompts, strict=True)]
+    expected = alone.velocity(alone.open([Prompt(t, t) for t in texts]), x_t, t)
+    assert torch.equal(v, expected)
+    assert torch.equal(built.velocity(built.append(built.open(prompts), written), x_t, t), v)
+    turned = built.velocity(history.rows(torch.tensor([1, 0])), x_t.flip(0), t)
+    torch.testing.assert_close(turned.flip(0), v, atol=1e-5, rtol=0)
+    assert not torch.allclose(built.velocity(built.open(prompts), x_t, t), v, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("policy.image={use='hf_causal_lm', checkpoint='x'}",), "provides text, and this part"),
+        (("policy.text={use='nobody'}",), "policy.text.use: no policy called 'nobody'"),
+        (("policy.text.checkpoint=3",), "policy.text.checkpoint"),
+        (("policy={use='hf_causal_lm', checkpoint='x', image={use='sd3', checkpoint='y'}}",),
+         "'hf_causal_lm' is not made of parts"),
+        (("image.guidance.use='cfg'", "image.guidance.image_scale=2.0"), "branch 'image'"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_pairs_are_told_before_anything_loads(recipe, overrides, told):
+    with pytest.raises(RecipeError) as caught:
+        recipe(*overrides)
+    assert told in str(caught.value), str(caught.value)
+
+
+def test_a_pair_without_a_part_is_told(recipe, tmp_path):
+    recipe()
+    file = tmp_path / "pair.toml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith("image = { use = \"sd3")))
+    with pytest.raises(RecipeError, match=r"made of parts: state policy\.image = \{"):
+        load_recipe(file, load_catalog(), ())
+
+
+def test_a_part_that_is_not_there_is_named(recipe, tmp_path):
+    resolved = recipe(f"policy.text.checkpoint={json.dumps(str(tmp_path / 'gone'))}")
+    assert any("policy.text" in note and "gone" in note for note in resolved.notes())
+    with pytest.raises(UserError, match="gone"):
+        build_setup(resolved)
