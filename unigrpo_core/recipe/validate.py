@@ -207,7 +207,7 @@ def _places(key: str, table: type[Table], above: str = "") -> Iterator[str]:
     for name in names:
         annotation = table.model_fields[name].annotation
         below = _table_of(annotation)
-        if below is not None and get_origin(annotation) is not tuple:
+        if below is not None and below is not table and get_origin(annotation) is not tuple:
             yield from _places(key, below, f"{above}{name}.")
 
 
