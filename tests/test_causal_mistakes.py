@@ -119,8 +119,8 @@ def test_quantized_weights(folder):
 
 
 def test_adapters_that_bind_nothing(folder):
-    lora = Lora(2, 4, {"text": ("q_proj", "query")}, option="policy.lora_targets")
-    told("policy.lora_targets names 'query'.*q_proj", folder, lora=lora)
+    lora = Lora(2, 4, {"text": ("q_proj", "query")})
+    told("policy.lora_text names 'query'.*q_proj", folder, lora=lora)
 
 
 @pytest.mark.parametrize("word", ["compile", "cuda_graphs"])
@@ -141,6 +141,12 @@ def test_a_prompt_that_is_too_long(folder):
         policy.write(policy.open([short]), Sampling(120), [Key((0,))])
 
 
+def test_a_control_token_in_a_prompt(folder):
+    policy = tiny_lm.policy(folder)
+    with pytest.raises(UserError, match=r"'p' has <\|end\|> in it, which would steer"):
+        policy.prompt_tokens(Prompt("p", f"Hi{tiny_lm.END}"))
+
+
 def test_weights_of_another_run(folder, tmp_path):
     adapted, lora = tmp_path / "adapted", Lora(2, 4, {"text": ("q_proj",)})
     tiny_lm.policy(folder, lora=lora).save(adapted)
@@ -158,7 +164,11 @@ def test_check_says_what_is_missing(folder, tmp_path, monkeypatch):
     assert notes(CausalOptions(checkpoint=str(folder))) == ()
     assert build(CausalOptions(checkpoint=str(folder)), place).prompt_tokens(Prompt("p", "hi"))
     (folder / WEIGHTS).unlink()
-    assert "has no weights" in notes(CausalOptions(checkpoint=str(folder)))[0]
+    (folder / "chat_template.jinja").unlink()
+    weights, chat = notes(CausalOptions(checkpoint=str(folder)))
+    assert "model.safetensors" in weights
+    assert "no chat template" in chat
+    assert len(notes(CausalOptions(checkpoint=str(folder), chat=False))) == 1
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (said,) = notes(CausalOptions(checkpoint="Qwen/Qwen3-1.7B"))

@@ -21,7 +21,7 @@ PROMPTS = tuple(
 )
 KEYS = [Key((row,)) for row in range(len(PROMPTS))]
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-LORA = Lora(2, 4, {"text": ("q_proj", "mlp.down_proj")}, option="policy.lora_targets")
+LORA = Lora(2, 4, {"text": ("q_proj", "mlp.down_proj")})
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ class Lora:
     rank: int
     alpha: int
     targets: Mapping[str, tuple[str, ...]]  # names of layers, per expert
-    option: str = "policy.lora_{expert}"  # what messages call them
 
 
 class Adapters:
@@ -70,8 +69,7 @@ class Adapters:
         linear = [name for name, x in network.named_modules() if isinstance(x, nn.Linear)]
         bound: list[str] = []
         for expert, targets in lora.targets.items():
-            option = lora.option.format(expert=expert)
-            bound += _bind(expert, option, targets, [n for n in linear if expert_of(n) == expert])
+            bound += _bind(expert, targets, [n for n in linear if expert_of(n) == expert])
         return cls(network, bound, lora.rank, lora.alpha)
 
     @classmethod
@@ -143,12 +141,12 @@ class Adapters:
             raise UserError(
                 f"{path} has adapters of other layers or another rank than this recipe's: {other} "
                 f"is {found.get(other, 'missing')} there and {wanted.get(other, 'missing')} here; "
-                "policy.lora_rank and the layers named beside it must be those of that run"
+                "policy.lora_rank, lora_text and lora_image must be those of that run"
             )
         set_peft_model_state_dict(self._model, state)
 
 
-def _bind(expert: str, option: str, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
+def _bind(expert: str, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
     """The layers that the targets name: by a whole path or by its last parts, with or without the
     expert's suffix."""
     bound: dict[str, None] = {}
@@ -157,7 +155,7 @@ def _bind(expert: str, option: str, targets: Sequence[str], layers: Sequence[str
         if not named:
             words = sorted({_plain(name).rsplit(".", 1)[-1] for name in layers})
             raise UserError(
-                f"{option} names {target!r}, which is no linear layer of the {expert} "
+                f"policy.lora_{expert} names {target!r}, which is no linear layer of the {expert} "
                 f"expert; its layers are: {', '.join(words)}"
             )
         bound |= dict.fromkeys(named)

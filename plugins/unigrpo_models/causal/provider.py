@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Field, Options, Placement, Provider
-from unigrpo_models.causal.files import find, weight_files
+from unigrpo_models.causal.files import check_chat, check_tokenizer, find, weight_files
 from unigrpo_models.checkpoints import HubCheckpoint
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class CausalOptions(Options):
     lora_alpha: int | None = Field(
         None, gt=0, description="their scale is lora_alpha / lora_rank; twice the rank when absent"
     )
-    lora_targets: tuple[str, ...] = Field(
+    lora_text: tuple[str, ...] = Field(
         PROJECTIONS,
         min_length=1,
         description="layers with adapters, by the end of their path",
@@ -71,8 +72,7 @@ def build(options: CausalOptions, place: Placement) -> CausalPolicy:
     lora = None
     if options.lora_rank:
         alpha = options.lora_alpha or 2 * options.lora_rank
-        targets = {"text": options.lora_targets}
-        lora = Lora(options.lora_rank, alpha, targets, option="policy.lora_targets")
+        lora = Lora(options.lora_rank, alpha, {"text": options.lora_text})
     style = Style(
         system_prompt=options.system_prompt,
         chat=options.chat,
@@ -80,15 +80,25 @@ def build(options: CausalOptions, place: Placement) -> CausalPolicy:
         close=options.close,
         enable_thinking=options.enable_thinking,
     )
-    return load_causal(find(options.checkpoint, fetch=True), style, place, lora=lora)
+    folder = find(options.checkpoint, fetch=True)
+    return load_causal(folder, style, place, lora=lora, name=options.checkpoint)
 
 
 def notes(options: CausalOptions) -> Sequence[str]:
     try:
-        weight_files(find(options.checkpoint, fetch=False))
+        folder = find(options.checkpoint, fetch=False)
     except UserError as error:
         return (str(error),)
-    return ()
+    checks = [weight_files, check_tokenizer, *([check_chat] if options.chat else [])]
+    return tuple(filter(None, (_fault(check, folder) for check in checks)))
+
+
+def _fault(check: Callable[[Path], object], folder: Path) -> str:
+    try:
+        check(folder)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 PROVIDER = Provider(
