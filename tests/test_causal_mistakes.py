@@ -163,12 +163,12 @@ def test_check_says_what_is_missing(folder, tmp_path, monkeypatch):
     place = Placement(torch.device("cpu"), torch.float32, frozenset())
     assert notes(CausalOptions(checkpoint=str(folder))) == ()
     assert build(CausalOptions(checkpoint=str(folder)), place).prompt_tokens(Prompt("p", "hi"))
-    (folder / WEIGHTS).unlink()
     (folder / "chat_template.jinja").unlink()
-    weights, chat = notes(CausalOptions(checkpoint=str(folder)))
-    assert "model.safetensors" in weights
-    assert "no chat template" in chat
-    assert len(notes(CausalOptions(checkpoint=str(folder), chat=False))) == 1
+    (said,) = notes(CausalOptions(checkpoint=str(folder)))
+    assert "no chat template" in said
+    assert notes(CausalOptions(checkpoint=str(folder), chat=False)) == ()
+    (folder / WEIGHTS).unlink()
+    assert WEIGHTS in notes(CausalOptions(checkpoint=str(folder)))[0]
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (said,) = notes(CausalOptions(checkpoint="Qwen/Qwen3-1.7B"))
