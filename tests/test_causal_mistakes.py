@@ -72,7 +72,7 @@ def test_another_model_s_tokenizer(folder):
     words = PreTrainedTokenizerFast.from_pretrained(str(folder))
     words.add_tokens([f"word{number}" for number in range(9)])
     words.save_pretrained(str(folder))
-    told("ids up to 269, but the model's head has 264 rows", folder)
+    told(r"ids up to 26\d, but the model's head has 264 rows", folder)
 
 
 def test_an_end_that_is_no_token(folder):
@@ -121,6 +121,14 @@ def test_quantized_weights(folder):
 def test_adapters_that_bind_nothing(folder):
     lora = Lora(2, 4, {"text": ("q_proj", "query")})
     told("policy.lora_text names 'query'.*q_proj", folder, lora=lora)
+
+
+def test_a_head_that_does_more(folder):
+    network = tiny_lm.policy(folder).network
+    network.check_head()
+    network.scale = 1.1
+    with pytest.raises(UserError, match="the head of Qwen2ForCausalLM is not a product"):
+        network.check_head()
 
 
 @pytest.mark.parametrize("word", ["compile", "cuda_graphs"])

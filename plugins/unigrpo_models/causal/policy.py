@@ -41,7 +41,6 @@ class CausalPolicy(TextPolicy):
         self._weights = TrainedWeights(network, folder, place, lora, name or str(folder))
         network.recompute(place.checkpointing)
         self._root = ReplayRoot(network, codec, place.compute)
-        self._allowed = codec.allowed(place.device)
 
     @property
     def root(self) -> nn.Module:
@@ -100,7 +99,7 @@ class CausalPolicy(TextPolicy):
                 self.network,
                 self.codec,
                 history.ids,
-                self._allowed,
+                self._root.allowed,
                 uniform,
                 sampling.temperature,
             )
