@@ -72,7 +72,7 @@ def test_another_model_s_tokenizer(folder):
     words = PreTrainedTokenizerFast.from_pretrained(str(folder))
     words.add_tokens([f"word{number}" for number in range(9)])
     words.save_pretrained(str(folder))
-    told("ids up to 269, but the model's head has 264 rows", folder)
+    told(r"ids up to 26\d, but the model's head has 264 rows", folder)
 
 
 def test_an_end_that_is_no_token(folder):
@@ -119,8 +119,16 @@ def test_quantized_weights(folder):
 
 
 def test_adapters_that_bind_nothing(folder):
-    lora = Lora(2, 4, {"text": ("q_proj", "query")}, option="policy.lora_targets")
-    told("policy.lora_targets names 'query'.*q_proj", folder, lora=lora)
+    lora = Lora(2, 4, {"text": ("q_proj", "query")})
+    told("policy.lora_text names 'query'.*q_proj", folder, lora=lora)
+
+
+def test_a_head_that_does_more(folder):
+    network = tiny_lm.policy(folder).network
+    network.check_head()
+    network.scale = 1.1
+    with pytest.raises(UserError, match="the head of Qwen2ForCausalLM is not a product"):
+        network.check_head()
 
 
 @pytest.mark.parametrize("word", ["compile", "cuda_graphs"])
@@ -141,6 +149,12 @@ def test_a_prompt_that_is_too_long(folder):
         policy.write(policy.open([short]), Sampling(120), [Key((0,))])
 
 
+def test_a_control_token_in_a_prompt(folder):
+    policy = tiny_lm.policy(folder)
+    with pytest.raises(UserError, match=r"'p' has <\|end\|> in it, which would steer"):
+        policy.prompt_tokens(Prompt("p", f"Hi{tiny_lm.END}"))
+
+
 def test_weights_of_another_run(folder, tmp_path):
     adapted, lora = tmp_path / "adapted", Lora(2, 4, {"text": ("q_proj",)})
     tiny_lm.policy(folder, lora=lora).save(adapted)
@@ -157,8 +171,12 @@ def test_check_says_what_is_missing(folder, tmp_path, monkeypatch):
     place = Placement(torch.device("cpu"), torch.float32, frozenset())
     assert notes(CausalOptions(checkpoint=str(folder))) == ()
     assert build(CausalOptions(checkpoint=str(folder)), place).prompt_tokens(Prompt("p", "hi"))
+    (folder / "chat_template.jinja").unlink()
+    (said,) = notes(CausalOptions(checkpoint=str(folder)))
+    assert "no chat template" in said
+    assert notes(CausalOptions(checkpoint=str(folder), chat=False)) == ()
     (folder / WEIGHTS).unlink()
-    assert "has no weights" in notes(CausalOptions(checkpoint=str(folder)))[0]
+    assert WEIGHTS in notes(CausalOptions(checkpoint=str(folder)))[0]
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (said,) = notes(CausalOptions(checkpoint="Qwen/Qwen3-1.7B"))

@@ -20,16 +20,14 @@ PROMPTS = tuple(
     for row, text in enumerate(("one", "a much longer prompt, of many words", "x", "two words"))
 )
 KEYS = [Key((row,)) for row in range(len(PROMPTS))]
-WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-LORA = Lora(2, 4, {"text": ("q_proj", "mlp.down_proj")}, option="policy.lora_targets")
+LORA = Lora(2, 4, {"text": ("q_proj", "mlp.down_proj")})
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A checkpoint of each kind; in "window" the second layer sees 5 tokens."""
+    """A checkpoint of each kind."""
     root = tmp_path_factory.mktemp("models")
-    made = {kind: tiny_lm.write(root / kind, kind) for kind in tiny_lm.KINDS}
-    return made | {"window": tiny_lm.write(root / "window", "qwen2", **WINDOW)}
+    return {kind: tiny_lm.write(root / kind, kind) for kind in tiny_lm.KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def ids(written):
 # --- sampling ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*tiny_lm.KINDS, "window"])
+@pytest.mark.parametrize("kind", tiny_lm.KINDS)
 def test_greedy_ids_are_those_of_generate(models, kind):
     policy = tiny_lm.policy(models[kind])
     model = AutoModelForCausalLM.from_pretrained(models[kind])
@@ -72,7 +70,7 @@ def test_greedy_ids_are_those_of_generate(models, kind):
     assert ids(wrote(policy, temperature=1e-4)) == expected
 
 
-@pytest.mark.parametrize("kind", [*tiny_lm.KINDS, "window"])
+@pytest.mark.parametrize("kind", tiny_lm.KINDS)
 def test_the_trainer_computes_what_was_sampled_from(models, kind):
     policy = tiny_lm.policy(models[kind])
     for temperature in (1.0, 0.6):
@@ -97,7 +95,7 @@ def test_in_bf16_the_trainer_is_close_and_trained_weights_are_float32(folder, lo
     assert types == (held | {(False, torch.bfloat16)} if lora else held)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "window"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
 def test_ids_do_not_depend_on_the_batch(models, kind):
     policy = tiny_lm.policy(models[kind])
     prompts, keys = PROMPTS * 6, [Key(("row", row)) for row in range(24)]

@@ -11,6 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -40,7 +44,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-KINDS = ("qwen2", "qwen3", "llama")
+KINDS = ("qwen2", "qwen3", "llama", "gemma2", "granite")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -85,6 +89,12 @@ def _model(kind: str, sizes: dict[str, object]) -> PreTrainedModel:
     if kind == "bert":
         sizes.pop("num_key_value_heads")
         return BertForMaskedLM(BertConfig(**sizes))
+    if kind == "gemma2":  # layers with and without a window, and a capped head
+        return Gemma2ForCausalLM(
+            Gemma2Config(head_dim=8, sliding_window=5, final_logit_softcapping=5.0, **sizes)
+        )
+    if kind == "granite":  # a scaled head
+        return GraniteForCausalLM(GraniteConfig(logits_scaling=3.0, **sizes))
     return LlamaForCausalLM(LlamaConfig(**sizes))
 
 

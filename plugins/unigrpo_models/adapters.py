@@ -32,7 +32,6 @@ class Lora:
     rank: int
     alpha: int
     targets: Mapping[str, tuple[str, ...]]  # names of layers, per expert
-    option: str = "policy.lora_{expert}"  # what messages call them
 
 
 class Adapters:
@@ -72,9 +71,7 @@ class Adapters:
         linear = [name for name, x in network.named_modules() if isinstance(x, nn.Linear)]
         bound: list[str] = []
         for expert, targets in lora.targets.items():
-            option = lora.option.format(expert=expert)
-            mine = [name for name in linear if expert_of(name) == expert]
-            bound += bind(expert, option, targets, mine)
+            bound += bind(expert, targets, [n for n in linear if expert_of(n) == expert])
         return cls(network, bound, lora.rank, lora.alpha)
 
     @classmethod
@@ -146,7 +143,7 @@ class Adapters:
             raise UserError(
                 f"{path} has adapters of other layers or another rank than this recipe's: {other} "
                 f"is {found.get(other, 'missing')} there and {wanted.get(other, 'missing')} here; "
-                "policy.lora_rank and the layers named beside it must be those of that run"
+                "policy.lora_rank, lora_text and lora_image must be those of that run"
             )
         set_peft_model_state_dict(self._model, state)
 

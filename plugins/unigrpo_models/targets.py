@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from unigrpo_core.errors import UserError
 
 
-def bind(expert: str, option: str, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
-    """The layers of an expert that the targets of a recipe's ``option`` name: by a whole path or by
-    its last parts, with or without the expert's suffix."""
+def bind(expert: str, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """The layers of an expert that the targets name: by a whole path or by its last parts, with or
+    without the expert's suffix.
+
+    Raises:
+        UserError: a target names none.
+    """
     bound: dict[str, None] = {}
     for target in targets:
         named = [name for name in layers if f".{target}" in _endings(name)]
         if not named:
             words = sorted({_short(_plain(name)) for name in layers})
             raise UserError(
-                f"{option} names {target!r}, which is no linear layer of the {expert} "
+                f"policy.lora_{expert} names {target!r}, which is no linear layer of the {expert} "
                 f"expert; its layers are: {', '.join(words)}"
             )
         bound |= dict.fromkeys(named)

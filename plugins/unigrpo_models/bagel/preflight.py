@@ -34,8 +34,7 @@ def preflight(folder: Path, targets: Mapping[str, Sequence[str]]) -> Iterator[st
             names = [n.removesuffix(".weight") for n in flat if "embed" not in n]
     for expert, words in targets.items():
         if names:
-            mine = [name for name in names if expert_of(name) == expert]
-            bind(expert, f"policy.lora_{expert}", words, mine)
+            bind(expert, words, [name for name in names if expert_of(name) == expert])
     yield from _tokenizer(folder)
 
 

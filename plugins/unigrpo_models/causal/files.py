@@ -11,6 +11,8 @@ from unigrpo_core.plugin import Files
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 FILES = Files(
     needed=(CONFIG,),
     either=((SINGLE,), (INDEX,)),
@@ -46,3 +48,36 @@ def weight_files(folder: Path) -> list[Path]:
             f"{gone[0]}; download or copy them again"
         )
     return [folder / name for name in names]
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Whether there is a tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER):
+        raise UserError(
+            f"{folder} has no tokenizer: none of {', '.join(TOKENIZER)}; save it beside the model "
+            "by tokenizer.save_pretrained"
+        )
+
+
+def check_chat(folder: Path) -> None:
+    """Whether there is a chat template, in a file of its own or in that of the tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    if any((folder / name).exists() for name in TEMPLATES):
+        return
+    file = folder / "tokenizer_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if not found:
+        raise UserError(
+            f"the tokenizer in {folder} has no chat template, as of a base model; set policy.chat "
+            "= false, or give a model that was trained to chat"
+        )

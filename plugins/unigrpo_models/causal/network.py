@@ -23,6 +23,7 @@ class CausalNetwork:
         self.model = model
         config = model.config.get_text_config()
         self.soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self._words = inspect.signature(model.base_model.forward).parameters
         # Before transformers 5 a cache was called by what it holds.
         self._cache = "cache" if "cache" in self._words else "past_key_values"
@@ -60,11 +61,12 @@ class CausalNetwork:
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden states [..., D]."""
         model: Any = self.model
-        head = model.get_output_embeddings()
-        logits: Tensor = head(hidden)
-        return (
-            logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
-        )
+        logits: Tensor = model.get_output_embeddings()(hidden)
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits
 
     @torch.no_grad()
     def check_head(self) -> None:
@@ -80,7 +82,7 @@ class CausalNetwork:
         if not torch.allclose(mine, own, atol=1e-2 * size, rtol=0, equal_nan=True):
             raise UserError(
                 f"the head of {type(self.model).__name__} is not a product of hidden states and "
-                "weights, softly capped or not (it scales them?), so its log-probs cannot be "
+                "weights, scaled or softly capped or not, so its log-probs cannot be "
                 "computed in parts; this model needs a policy of its own"
             )
 

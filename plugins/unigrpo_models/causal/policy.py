@@ -35,12 +35,12 @@ class CausalPolicy(TextPolicy):
         folder: Path,
         place: Placement,
         lora: Lora | None = None,
+        name: str = "",
     ) -> None:
         self.network, self.codec, self.place = network, codec, place
-        self._weights = TrainedWeights(network, folder, place, lora)
+        self._weights = TrainedWeights(network, folder, place, lora, name or str(folder))
         network.recompute(place.checkpointing)
         self._root = ReplayRoot(network, codec, place.compute)
-        self._allowed = codec.allowed(place.device)
 
     @property
     def root(self) -> nn.Module:
@@ -99,7 +99,7 @@ class CausalPolicy(TextPolicy):
                 self.network,
                 self.codec,
                 history.ids,
-                self._allowed,
+                self._root.allowed,
                 uniform,
                 sampling.temperature,
             )
@@ -107,9 +107,10 @@ class CausalPolicy(TextPolicy):
 
 
 def load_causal(
-    folder: Path, style: Style, place: Placement, *, lora: Lora | None = None
+    folder: Path, style: Style, place: Placement, *, lora: Lora | None = None, name: str = ""
 ) -> CausalPolicy:
-    """The policy of a model's folder, whole or with adapters.
+    """The policy of a model's folder, whole or with adapters; ``name`` is what adapters call the
+    model (its folder if empty).
 
     Raises:
         UserError: the folder has no causal language model, not all of its weights, or no tokenizer
@@ -130,4 +131,4 @@ def load_causal(
     forget_sampling(model)
     network = CausalNetwork(model)
     network.check_head()
-    return CausalPolicy(network, codec, folder, place, lora)
+    return CausalPolicy(network, codec, folder, place, lora, name)

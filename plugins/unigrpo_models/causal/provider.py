@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unigrpo_core.errors import UserError
@@ -15,7 +16,7 @@ from unigrpo_core.plugin import (
     fetched_folder,
     local_folder,
 )
-from unigrpo_models.causal.files import FILES, weight_files
+from unigrpo_models.causal.files import FILES, check_chat, check_tokenizer, weight_files
 
 if TYPE_CHECKING:
     from unigrpo_models.causal.policy import CausalPolicy
@@ -63,7 +64,7 @@ class CausalOptions(Options):
     lora_alpha: int | None = Field(
         None, gt=0, description="their scale is lora_alpha / lora_rank; twice the rank when absent"
     )
-    lora_targets: tuple[str, ...] = Field(
+    lora_text: tuple[str, ...] = Field(
         PROJECTIONS,
         min_length=1,
         description="layers with adapters, by the end of their path",
@@ -78,8 +79,7 @@ def build(options: CausalOptions, place: Placement) -> CausalPolicy:
     lora = None
     if options.lora_rank:
         alpha = options.lora_alpha or 2 * options.lora_rank
-        targets = {"text": options.lora_targets}
-        lora = Lora(options.lora_rank, alpha, targets, option="policy.lora_targets")
+        lora = Lora(options.lora_rank, alpha, {"text": options.lora_text})
     style = Style(
         system_prompt=options.system_prompt,
         chat=options.chat,
@@ -87,17 +87,25 @@ def build(options: CausalOptions, place: Placement) -> CausalPolicy:
         close=options.close,
         enable_thinking=options.enable_thinking,
     )
-    return load_causal(
-        fetched_folder("checkpoint", options.checkpoint, FILES), style, place, lora=lora
-    )
+    folder = fetched_folder("checkpoint", options.checkpoint, FILES)
+    return load_causal(folder, style, place, lora=lora, name=options.checkpoint)
 
 
 def notes(options: CausalOptions) -> Sequence[str]:
     try:
-        weight_files(local_folder("checkpoint", options.checkpoint, FILES))
+        folder = local_folder("checkpoint", options.checkpoint, FILES)
     except UserError as error:
         return (str(error),)
-    return ()
+    checks = [weight_files, check_tokenizer, *([check_chat] if options.chat else [])]
+    return tuple(filter(None, (_fault(check, folder) for check in checks)))
+
+
+def _fault(check: Callable[[Path], object], folder: Path) -> str:
+    try:
+        check(folder)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 PROVIDER = Provider(

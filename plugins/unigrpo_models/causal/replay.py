@@ -27,6 +27,8 @@ class ReplayRoot(nn.Module):
         self.network = network
         self.codec = codec
         self.compute = compute
+        self.allowed: Tensor
+        self.register_buffer("allowed", codec.allowed(network.device), persistent=False)
 
     def forward(self, batch: ReplayBatch) -> Replay:
         assert batch.x_t is None, "a language model draws no images"
@@ -70,6 +72,5 @@ class ReplayRoot(nn.Module):
 
     def _chosen(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         """The log-probs [N] of tokens [N] that hidden states [N, D] predict."""
-        allowed = self.codec.allowed(hidden.device)
-        logits = scaled_logits(self.network.logits(hidden), allowed, temperature)
+        logits = scaled_logits(self.network.logits(hidden), self.allowed, temperature)
         return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)

@@ -23,7 +23,7 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, layer: Any, index: Tensor, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.lazy_initialization(layer.keys, layer.values)
+        self.is_initialized, self.device, self.dtype = True, layer.keys.device, layer.keys.dtype
         self._rooms = tuple(_room(x, index, capacity) for x in (layer.keys, layer.values))
         self._show(layer.keys.shape[2])
 
@@ -54,4 +54,4 @@ def spread(cache: DynamicCache, index: Tensor, capacity: int) -> None:
         if type(layer) is DynamicLayer and layer.get_seq_length():
             cache.layers[place] = SlotLayer(layer, index, capacity)
         else:
-            layer.batch_select_indices(index)
+            layer.reorder_cache(index)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from unigrpo_core.errors import UserError
 from unigrpo_core.loading import said
 from unigrpo_core.records import Prompt
+from unigrpo_models.causal.files import check_chat, check_tokenizer
 
 Ids = tuple[int, ...]
 CACHED = 4096  # prompts whose ids are remembered
@@ -66,6 +67,8 @@ class Codec:
             )
         if style.chat:
             self._check_chat()
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._special = {number: str(token) for number, token in added if token.special}
         self._encoded = lru_cache(CACHED)(self._encode)
 
     def _close(self) -> Ids:
@@ -81,12 +84,8 @@ class Codec:
         return tuple(ids)
 
     def _check_chat(self) -> None:
+        check_chat(self.folder)
         template = self.tokenizer.chat_template
-        if not template:
-            raise UserError(
-                f"the tokenizer in {self.folder} has no chat template, as of a base model; set "
-                "policy.chat = false, or give a model that was trained to chat"
-            )
         if self.style.enable_thinking is not None and "enable_thinking" not in str(template):
             raise UserError(
                 f"policy.enable_thinking is stated, but the chat template in {self.folder} knows "
@@ -128,8 +127,13 @@ class Codec:
         """What the model reads before it writes.
 
         Raises:
-            UserError: nothing, or more than it takes.
+            UserError: nothing, more than it takes, or a prompt with a control token in it.
         """
+        if control := [word for word in self._special.values() if word in prompt.text]:
+            raise UserError(
+                f"prompt {prompt.id!r} has {', '.join(control)} in it, which would steer the "
+                f"model; take it out: {prompt.text[:80]!r}"
+            )
         ids = self._encoded(prompt.text)
         if not ids:
             raise UserError(f"prompt {prompt.id!r} has no token: {prompt.text[:80]!r}")
@@ -162,20 +166,13 @@ class Codec:
         """bool [V]: what may be sampled: every ordinary token, and what ends a text."""
         mask = torch.zeros(self.width, dtype=torch.bool)
         mask[list(self.tokenizer.get_vocab().values())] = True
-        added = self.tokenizer.added_tokens_decoder.items()
-        special = [number for number, token in added if token.special]
-        mask[[*special, *self.tokenizer.all_special_ids]] = False
+        mask[[*self._special, *self.tokenizer.all_special_ids]] = False
         mask[list(self.ends)] = True
         return mask.to(device)
 
 
 def _tokenizer(folder: Path) -> Any:
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
-        raise UserError(
-            f"{folder} has no tokenizer: none of {', '.join(names)}; save it beside the model by "
-            "tokenizer.save_pretrained"
-        )
+    check_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False

@@ -26,18 +26,24 @@ def expert_of(name: str) -> str | None:
 
 
 class TrainedWeights(Trainable):
-    """The weights of a model, and the folder that they are of.
+    """The weights of a model, and the folder that they are of; ``base`` is what adapters call it.
 
     Raises:
         UserError: a target of ``lora`` binds nothing.
     """
 
     def __init__(
-        self, network: CausalNetwork, folder: Path, place: Placement, lora: Lora | None
+        self,
+        network: CausalNetwork,
+        folder: Path,
+        place: Placement,
+        lora: Lora | None,
+        base: str,
     ) -> None:
         super().__init__(network.model, expert_of, place, lora)
         self._model: Any = network.model
         self._folder, self._trains = folder, "text" in place.train
+        self._base = base
         # Kept, so that what was loaded can be saved although the folder has gone since.
         self._beside = {
             file.name: file.read_bytes()
@@ -57,7 +63,7 @@ class TrainedWeights(Trainable):
             OSError: the folder cannot be written.
         """
         if self.adapters is not None:
-            self.adapters.save(folder, str(self._folder))
+            self.adapters.save(folder, self._base)
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self._trains or not self._folder.is_dir():
@@ -83,7 +89,7 @@ class TrainedWeights(Trainable):
             if self._trains:
                 raise UserError(
                     f"{folder} holds adapters, not whole weights: set policy.lora_rank and "
-                    "lora_targets as its run had them"
+                    "lora_text as its run had them"
                 )
             self.adapters = Adapters.saved(self._model, folder)  # to sample with
             self._model.requires_grad_(False)
