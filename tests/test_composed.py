@@ -162,7 +162,7 @@ def test_a_pair_without_a_part_is_told(recipe, tmp_path):
     recipe()
     file = tmp_path / "pair.toml"
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(line for line in lines if not line.startswith("image = { use = \"sd3")))
+    file.write_text("".join(line for line in lines if not line.startswith('image = { use = "sd3')))
     with pytest.raises(RecipeError, match=r"made of parts: state policy\.image = \{"):
         load_recipe(file, load_catalog(), ())
 

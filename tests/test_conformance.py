@@ -235,6 +235,18 @@ class TestFlux(TestSD3):
     use = "flux"
 
 
+class TestComposed(TextPolicyConformance, ImageFlowPolicyConformance):
+    use = "composed"
+
+    @pytest.fixture
+    def given(self, language_model, pipelines):
+        draws = {"use": "sd3", "checkpoint": str(pipelines / "sd3"), "max_text_tokens": 12}
+        return {
+            "text": {"use": "hf_causal_lm", "checkpoint": language_model},
+            "image": {**draws, "overlong": "cut"},
+        }
+
+
 # --- nothing is left out ----------------------------------------------------------------------
 
 

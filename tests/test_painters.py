@@ -2,22 +2,28 @@
 wrongly. The models are tiny and random, of the real classes, saved and loaded by the real code."""
 
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import tiny
+import tiny_clip
 import tiny_painters
 import torch
 from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from unigrpo_models.painters.template import conditioning_text
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli import main
 from unigrpo_core.engine.loop import Run
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.setup import build_setup
+from unigrpo_core.errors import UserError
 from unigrpo_core.keys import Key, normals
-from unigrpo_core.recipe import load_recipe
+from unigrpo_core.recipe import RecipeError, load_recipe
 from unigrpo_core.records import Prompt, ReplayBatch
 
 SIZE = (24, 32)
@@ -265,9 +271,11 @@ def correlation(rewards):
 LEARNING = (
     "steps=40",
     "prompts=2",
-    "group.fan_out=[8]",
+    "group.fan_out=[6]",
     "image.size=[16,16]",
     "image.lr=4e-3",
+    "image.scheduler.steps=3",
+    "image.window.range=[0,2]",
     "evaluation.prompts=1",
     "evaluation.final_prompts=1",
 )
@@ -278,3 +286,222 @@ def test_flow_grpo_on_sd3_learns_brightness_and_nothing_from_noise(run, reward):
     steps = tiny.lines(run("sd3", *LEARNING, f"rewards=[{{use='{reward}'}}]"))
     found = correlation([step["reward"] for step in steps])
     assert found >= 0.8 if reward == "brightness" else abs(found) <= 0.4
+
+
+# --- texts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def policy(recipe):
+    return lambda name, *overrides: build_setup(recipe(name, *overrides)).image_policy
+
+
+def test_a_template_is_filled_in_once_and_as_it_stands():
+    told = conditioning_text(
+        "{prompt}: {thought} {0} {prompt.text} {{", "a {thought}", "no {prompt}"
+    )
+    assert told == "a {thought}: no {prompt} {0} {prompt.text} {{"
+    assert conditioning_text("{prompt}", "") == ""
+
+
+def test_the_template_is_what_is_drawn(policy):
+    stated, plain = policy("sd3", "policy.template='a {prompt}'"), policy("sd3")
+    found = stated.open([Prompt("x", "cat")]).condition
+    assert torch.equal(found["text"], plain.painter.encode(["a cat"])["text"])
+    assert stated.prompt_tokens(Prompt("x", "cat")) == plain.prompt_tokens(Prompt("x", "a cat"))
+
+
+@pytest.mark.parametrize("template", ["cats", "{prompt} {thought}"])
+def test_a_template_that_would_lose_a_text_is_refused(recipe, template):
+    with pytest.raises(RecipeError, match="nothing is thought"):
+        recipe("sd3", f"policy.template='{template}'")
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_text_is_read_once_until_it_is_forgotten(policy, name):
+    painter = policy(name, "policy.kept_texts=2").painter
+    read, told = painter.read, []
+    painter.read = lambda text: told.append(text) or read(text)
+    first = painter.encode(["a cat", "red", "a cat"])
+    assert told == ["a cat", "red"]
+    assert all(torch.equal(x[0], x[2]) and not torch.equal(x[0], x[1]) for x in first.values())
+    painter.encode(["red", "a cat"])
+    assert told == ["a cat", "red"]
+    painter.encode(["a dog"])
+    again = painter.encode(["red", "a cat"])
+    assert told == ["a cat", "red", "a dog", "red"]
+    assert all(torch.equal(x, first[key][[1, 0]]) for key, x in again.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text", "said"),
+    [
+        ((), "a " * 20, "takes 22 tokens in tokenizer, whose encoder takes 16"),
+        (("policy.max_text_tokens=4",), "a b c d", "in tokenizer_3, whose encoder takes 4"),
+    ],
+)
+def test_a_text_too_long_is_counted_and_refused_or_cut(policy, overrides, text, said):
+    with pytest.raises(UserError, match=said):
+        policy("sd3", *overrides).prompt_tokens(Prompt("x", text))
+    with pytest.raises(UserError, match=said):
+        policy("sd3", *overrides, f"policy.negative='{text}'")
+    cut = policy("sd3", *overrides, "policy.overlong='cut'")
+    assert cut.prompt_tokens(Prompt("x", text)) <= 16
+    assert len(cut.open([Prompt("x", text)])) == 1
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def edited(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without(folder, name):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file({key: x for key, x in state.items() if key != name}, path, {"format": "pt"})
+
+
+FAULTS = {
+    "no index": (lambda at: remove(at / "model_index.json"), "has no model_index.json"),
+    "another pipeline": (
+        lambda at: edited(at / "model_index.json", _class_name="StableDiffusionPipeline"),
+        "is a StableDiffusionPipeline, which this policy is not for",
+    ),
+    "another network": (
+        lambda at: edited(at / "model_index.json", transformer=["diffusers", "PixArt"]),
+        "its transformer is a PixArt",
+    ),
+    "no component": (lambda at: remove(at / "vae"), "lacks vae; a StableDiffusion3Pipeline needs"),
+    "no encoder": (
+        lambda at: edited(at / "model_index.json", text_encoder_3=[None, None]),
+        "lacks text_encoder_3",
+    ),
+    "no flow": (
+        lambda at: edited(at / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler"),
+        "its scheduler is a DDIMScheduler, which is not flow-match",
+    ),
+    "a bent grid": (
+        lambda at: edited(at / "scheduler" / "scheduler_config.json", use_karras_sigmas=True),
+        "its scheduler has use_karras_sigmas",
+    ),
+    "no scheduler": (
+        lambda at: remove(at / "scheduler" / "scheduler_config.json"),
+        "lacks scheduler/scheduler_config.json",
+    ),
+    "no weights": (
+        lambda at: remove(at / "transformer" / "diffusion_pytorch_model.safetensors"),
+        "transformer cannot be loaded as SD3Transformer2DModel",
+    ),
+    "fewer weights": (
+        lambda at: without(at / "transformer", "proj_out.bias"),
+        "is no whole SD3Transformer2DModel: missing or misshapen are proj_out.bias",
+    ),
+    "other weights": (
+        lambda at: edited(at / "transformer" / "config.json", pooled_projection_dim=48),
+        "transformer",
+    ),
+    "cut off": (
+        lambda at: (at / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"no"),
+        "vae cannot be loaded as AutoencoderKL",
+    ),
+    "no words": (
+        lambda at: [remove(path) for path in (at / "tokenizer").iterdir()],
+        "tokenizer cannot be loaded as CLIPTokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(FAULTS))
+def test_a_folder_that_does_not_fit_is_refused_before_anything_runs(
+    recipe, folders, tmp_path, name
+):
+    harm, said = FAULTS[name]
+    shutil.copytree(folders / "sd3", at := tmp_path / "harmed")
+    harm(at)
+    with pytest.raises(UserError, match=said):
+        build_setup(recipe("sd3", f"policy.checkpoint='{at}'"))
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "said"),
+    [
+        ("sd3", "policy.checkpoint='nowhere'", "there is no folder"),
+        ("sd3", "image.size=[30,24]", "image height 30: this model draws multiples of 4 pixels up"),
+        ("sd3", "image.size=[24,128]", "image width 128: .* up to 64"),
+        ("flux", "image.size=[24,30]", "image width 30: this model draws multiples of 4 pixels"),
+        ("schnell", "policy.embedded_guidance=2.0", "takes none"),
+        (
+            "flux",
+            "policy.lora_rank=2\npolicy.lora_image=['q_proj']",
+            "no linear layer of the image",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(recipe, name, override, said):
+    with pytest.raises(UserError, match=said):
+        build_setup(recipe(name, *override.split("\n")))
+
+
+def test_diffusers_is_named_when_it_is_missing(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=r'pip install "unigrpo\[diffusers\]"'):
+        build_setup(recipe("sd3"))
+
+
+def test_weights_of_another_kind_are_not_loaded(run, recipe):
+    whole, adapted = run("sd3", out="whole"), run("sd3", "policy.lora_rank=2", out="adapted")
+    with pytest.raises(UserError, match="holds adapters, not whole weights"):
+        build_setup(recipe("sd3", f"start='{adapted}'"))
+    with pytest.raises(UserError, match="its run trained without adapters"):
+        build_setup(recipe("sd3", f"start='{whole}'", "policy.lora_rank=2"))
+    with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors"):
+        build_setup(recipe("sd3")).policy.load(whole)
+    painted = build_setup(recipe("sd3", f"start='{adapted}'", "train=[]", "steps=0"))
+    assert painted.policy.painter.network is not None
+
+
+# --- shipped recipes --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    tiny_clip.write(written := tmp_path_factory.mktemp("clip"))
+    return written
+
+
+@pytest.mark.parametrize("name", ["sd35/flow_grpo_pickscore", "sd35/no_cfg_mse"])
+def test_shipped_recipes_run_two_steps(name, folders, clip, tmp_path, capsys):
+    """Every choice is the recipe's own but for its size."""
+    small = [
+        *("steps=2", "prompts=2", "group.fan_out=[3]", "image.size=[32,24]", "policy.lora_rank=2"),
+        *("policy.max_text_tokens=12", "evaluation.scheduler.steps=4", "evaluation.sheet=0"),
+        *("evaluation.prompts=2", "evaluation.final_prompts=2", "compute.device='cpu'"),
+        f"policy.checkpoint={json.dumps(str(folders / 'sd3'))}",
+        f"rewards.0.checkpoint={json.dumps(str(clip))}",
+        f"rewards.0.processor={json.dumps(str(clip))}",
+        "compute.precision='float32'",
+    ]
+    out = tmp_path / "run"
+    code = main(["run", name, "--out", str(out), *(f"--set={item}" for item in small)])
+    assert code == 0, capsys.readouterr().err
+    steps = tiny.lines(out)
+    assert len(steps) == 2
+    assert all(step["calls_per_image"] == (20 if "flow" in name else 10) for step in steps)
+    assert steps[-1]["image/latent_kl" if "flow" in name else "image/velocity_mse"] > 0
+    assert {path.name for path in (out / "final").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_check_says_offline_what_is_not_there_yet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["check", "sd35/no_cfg_mse"]) == 0
+    assert "'stabilityai/stable-diffusion-3.5-medium' is not there yet" in capsys.readouterr().out

@@ -161,6 +161,8 @@ class Conformance:
     def test_defaults_build(self) -> None:
         """With nothing stated it builds, or the options say what is missing."""
         provider = self.found()
+        if provider.parts:
+            pytest.skip("a policy of parts needs them")
         try:
             options = provider.options.model_validate_json("{}")
         except ValidationError as error:

@@ -6,6 +6,7 @@ draws adds in :mod:`unigrpo_core.testing.image_policies`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from unigrpo_core.keys import Key
 from unigrpo_core.plugin import Placement
 from unigrpo_core.recipe.schema import PolicySlot
 from unigrpo_core.records import Prompt, Replay, ReplayBatch, Sampling, TextSegment
-from unigrpo_core.testing.base import Conformance
+from unigrpo_core.testing.base import Conformance, installed
 from unigrpo_core.testing.samples import keys, normal
 from unigrpo_core.testing.watch import equal, no_global_draws
 
@@ -46,6 +47,18 @@ class Context:
     def mask(self) -> Tensor:
         return self.tokens.bool() if self.written is None else self.written.mask
 
+    @property
+    def thoughts(self) -> tuple[str, ...]:
+        return () if self.written is None else self.written.texts
+
+
+def part_of(table: Mapping[str, Any]) -> PolicySlot:
+    """A part of a policy, as a recipe would state it."""
+    component = installed().find("policy", table["use"])
+    options = {key: value for key, value in table.items() if key != "use"}
+    stated = component.provider.options.model_validate_json(json.dumps(options))
+    return PolicySlot.model_construct(use=component.name, component=component, options=stated)
+
 
 class PolicyConformance(Conformance):
     """Checks of any policy, in float32 on the CPU. It is built anew for every check, so give it
@@ -59,6 +72,9 @@ class PolicyConformance(Conformance):
         max_tokens: the longest thought.
         size: (height, width) of the images.
         tolerance: how far rounding may move a log-prob or a velocity.
+
+    A policy of parts states them among its options, as a recipe does below it: tables "text" and
+    "image" with a ``use`` each.
     """
 
     slot = PolicySlot
@@ -70,20 +86,31 @@ class PolicyConformance(Conformance):
     size: ClassVar[tuple[int, int]] = (24, 24)
     tolerance: ClassVar[float] = 1e-5
 
+    def stated(self, given: Mapping[str, Any]) -> Any:
+        """The options; the tables "text" and "image", if they are given, are the policy's parts."""
+        self.parts = {name: part_of(given[name]) for name in ("text", "image") if name in given}
+        return super().stated({k: v for k, v in given.items() if k not in self.parts})
+
+    def slot_of(self, options: Any) -> PolicySlot:
+        component = self.listed()
+        return PolicySlot.model_construct(
+            use=component.name, component=component, options=options, **getattr(self, "parts", {})
+        )
+
     def built(self, options: Any, *arguments: Any) -> Any:
         return self.trained(options, self.experts())
 
     def trained(self, options: Any, train: frozenset[str]) -> Policy:
         """The policy built to train these experts."""
         place = Placement(torch.device("cpu"), torch.float32, train)
-        policy: Policy = super().built(options, place)
+        policy: Policy = self.slot_of(options).build(place)
         return policy
 
     def experts(self) -> frozenset[str]:
-        return EXPERTS & frozenset(self.found().provides)
+        return EXPERTS & self.slot_of(None).provides
 
     def branch_names(self) -> tuple[str, ...]:
-        found = [word.partition("branch:") for word in self.found().provides]
+        found = [word.partition("branch:") for word in sorted(self.slot_of(None).provides)]
         return tuple(name for _, branch, name in found if branch)
 
     # --- what checks do with it ---------------------------------------------------------------
@@ -122,6 +149,7 @@ class PolicyConformance(Conformance):
             "t": t,
             "branches": (),
             "context_gradient": True,
+            "thoughts": context.thoughts,
         }
         return ReplayBatch(**{**wanted, **changes})
 

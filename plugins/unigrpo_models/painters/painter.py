@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,6 @@ class Painter(ABC):
         return torch.autocast(self.place.device.type, compute, enabled=compute != torch.float32)
 
 
-def whole(rows: Condition, places: Tensor) -> dict[str, Any]:
+def rows_of(condition: Condition, places: Tensor) -> Condition:
     """The rows of a condition at ``places`` (int64 [B])."""
-    return {name: x[places.to(x.device)] for name, x in rows.items()}
+    return {name: x[places.to(x.device)] for name, x in condition.items()}

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from unigrpo_core.errors import UserError
 from unigrpo_core.loading import said
 
+MEGAPIXEL = 1 << 20
+WORDS = ("tokenizer.json", "vocab.json", "spiece.model")
+"""A tokenizer's folder has one of these; without any, transformers makes one that knows no word."""
+
 Overlong = Literal["error", "cut"]
 
 
@@ -69,6 +73,10 @@ def load_tokenizer(kind: Any, path: Path) -> Any:
     Raises:
         UserError: its files are missing or damaged.
     """
+    if not any((path / name).is_file() for name in WORDS):
+        raise UserError(
+            f"{path} cannot be loaded as {kind.__name__}: it has none of {', '.join(WORDS)}"
+        )
     try:
         return kind.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # as above
@@ -141,11 +149,13 @@ def vae_stride(autoencoder: Any) -> int:
 @torch.no_grad()
 def decode_images(autoencoder: Any, latents: Tensor) -> Tensor:
     """float32 [B, 3, H, W] in [0, 1] of latents [B, C, h, w] by an AutoencoderKL: its input is
-    latents / scaling_factor + shift_factor, its output in [-1, 1]. One at a time, since a decoder's
-    activations are large."""
+    latents / scaling_factor + shift_factor, its output in [-1, 1]. A megapixel at a time, since a
+    decoder's activations are large."""
     config = autoencoder.config
     latents = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
-    images = [autoencoder.decode(one[None], return_dict=False)[0] for one in latents]
+    pixels = latents[0, 0].numel() * vae_stride(autoencoder) ** 2
+    parts = torch.split(latents, max(1, MEGAPIXEL // pixels))
+    images = [autoencoder.decode(part, return_dict=False)[0] for part in parts]
     return (torch.cat(images) * 0.5 + 0.5).clamp(0, 1)
 
 

@@ -15,7 +15,7 @@ from unigrpo_core.interfaces import History, ImageFlowPolicy
 from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Replay, ReplayBatch
 from unigrpo_models.adapters import Lora
-from unigrpo_models.painters.painter import Condition, Painter, whole
+from unigrpo_models.painters.painter import Condition, Painter, rows_of
 from unigrpo_models.painters.trained import PainterWeights
 from unigrpo_models.template import conditioning_text
 
@@ -46,7 +46,7 @@ class Told(History):
 
     def velocity(self, painter: Painter, network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
         """float32 [B, *] for x_t [B, *] and t [B]."""
-        return painter.velocity(network, x_t, t, whole(self.condition, self.places))
+        return painter.velocity(network, x_t, t, rows_of(self.condition, self.places))
 
     def velocities(self, painter: Painter, network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
         """float32 [B, K, *] at K points of every row, x_t [B, K, *] and t [B, K]."""
