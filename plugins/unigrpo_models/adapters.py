@@ -113,7 +113,10 @@ class Adapters:
         config.target_modules = set(self.layers)  # in whole: PEFT's short forms bind more elsewhere
         config.save_pretrained(str(folder), auto_mapping_dict=None)
         state = {
-            name: x.detach().cpu() for name, x in get_peft_model_state_dict(self._model).items()
+            name: x.detach().cpu()
+            for name, x in get_peft_model_state_dict(
+                self._model, save_embedding_layers=False
+            ).items()
         }
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -135,7 +138,7 @@ class Adapters:
             ) from error
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
-        mine = get_peft_model_state_dict(self._model)
+        mine = get_peft_model_state_dict(self._model, save_embedding_layers=False)
         found = {name: tuple(x.shape) for name, x in state.items()}
         wanted = {name: tuple(x.shape) for name, x in mine.items()}
         if found != wanted:
