@@ -23,6 +23,8 @@ from unigrpo_models.targets import bind
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ALONE = {"save_embedding_layers": False}
+"""Of PEFT only the adapters: to see whether embeddings belong to them it would ask the hub."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Adapters:
             ) from error
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
-        mine = get_peft_model_state_dict(self._model, save_embedding_layers=False)
+        mine = get_peft_model_state_dict(self._model, **ALONE)
         found = {name: tuple(x.shape) for name, x in state.items()}
         wanted = {name: tuple(x.shape) for name, x in mine.items()}
         if found != wanted:

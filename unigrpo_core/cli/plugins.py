@@ -98,6 +98,7 @@ def _described(item: Component) -> dict[str, Any]:
         "cite": provider.cite,
         "needs": list(provider.needs),
         "provides": list(provider.provides),
+        "parts": list(provider.parts),
         "penalty": provider.kind if item.kind == "regularizer" else "",
         "reads": list(provider.reads),
         "range": list(provider.range or ()),
