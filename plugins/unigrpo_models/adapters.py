@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.keys import Key, uniforms
@@ -23,8 +23,6 @@ from unigrpo_models.targets import bind
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-ALONE = {"save_embedding_layers": False}
-"""Of PEFT only the adapters: to see whether embeddings belong to them it would ask the hub."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +106,21 @@ class Adapters:
 
     def save(self, folder: Path, base: str) -> None:
         """Writes them in PEFT's layout; ``base`` names the model they are of."""
-        from peft import get_peft_model_state_dict
-
         config = self._model.peft_config["default"]
         config.base_model_name_or_path, config.auto_mapping = base, None
         config.target_modules = set(self.layers)  # in whole: PEFT's short forms bind more elsewhere
         config.save_pretrained(str(folder), auto_mapping_dict=None)
-        state = {
-            name: x.detach().cpu()
-            for name, x in get_peft_model_state_dict(
-                self._model, save_embedding_layers=False
-            ).items()
-        }
+        state = {name: x.detach().cpu() for name, x in self._state().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def _state(self) -> dict[str, Tensor]:
+        """By PEFT's names. Whether embeddings belong to it PEFT would ask the hub: they do not."""
+        from peft import get_peft_model_state_dict
+
+        state: dict[str, Tensor] = get_peft_model_state_dict(
+            self._model, save_embedding_layers=False
+        )
+        return state
 
     def load(self, folder: Path) -> None:
         """Takes over what :meth:`save` wrote.
@@ -128,7 +128,7 @@ class Adapters:
         Raises:
             UserError: it is not there, damaged, or of other layers or another rank.
         """
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import set_peft_model_state_dict
 
         path = folder / WEIGHTS
         try:
@@ -140,7 +140,7 @@ class Adapters:
             ) from error
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
-        mine = get_peft_model_state_dict(self._model, **ALONE)
+        mine = self._state()
         found = {name: tuple(x.shape) for name, x in state.items()}
         wanted = {name: tuple(x.shape) for name, x in mine.items()}
         if found != wanted:
