@@ -229,8 +229,13 @@ def test_an_empty_folder_is_taken_and_a_broken_checkpoint_leaves_none(
     assert "ema.safetensors is damaged" in err
 
 
+LARGE = ("bagel/", "sd35/", "qwen3/", "qwen3_sd35/")
+"""Recipes of models to be downloaded; their miniatures run in test_bagel_recipes.py, test_painters*.py,
+test_causal_run.py and test_composed.py."""
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in shipped_titles() if not name.startswith(("bagel/", "sd35/"))]
+    "name", [name for name in shipped_titles() if not name.startswith(LARGE)]
 )
 def test_every_shipped_recipe_runs_two_steps(unigrpo, tmp_path, checkpoint, name):
     """On a tiny model; its group shape and every other choice are the recipe's own. Those for BAGEL

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import tiny_clip
 import tiny_lm
 import tiny_painters
 import torch
 from tiny import Silent
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.cli import main
 from unigrpo_core.engine.loop import Run
 from unigrpo_core.engine.setup import build_setup
 from unigrpo_core.errors import UserError
@@ -172,3 +174,38 @@ def test_a_part_that_is_not_there_is_named(recipe, tmp_path):
     assert any("policy.text" in note and "gone" in note for note in resolved.notes())
     with pytest.raises(UserError, match="gone"):
         build_setup(resolved)
+
+
+def test_two_steps_of_the_recipe(models, tmp_path, capsys):
+    """Its template, adapters, window and penalty; the sizes are those of tiny models."""
+    (clip := tmp_path / "clip").mkdir()
+    tiny_clip.write(clip)
+    small = {
+        "policy.text.checkpoint": str(models / "lm"),
+        "policy.image.checkpoint": str(models / "sd3"),
+        "policy.image.max_text_tokens": 12,
+        "rewards.0.checkpoint": str(clip),
+        "rewards.0.processor": str(clip),
+        "policy.text.lora_rank": 2,
+        "policy.image.lora_rank": 2,
+        "policy.text.system_prompt": "Say what is seen.",
+        "steps": 2,
+        "prompts": 2,
+        "group.fan_out": [2, 1],
+        "text.max_tokens": 6,
+        "image.size": [32, 32],
+        "evaluation.final_prompts": 2,
+        "evaluation.scheduler.steps": 4,
+        "compute.device": "cpu",
+    }
+    out = tmp_path / "run"
+    asked = [f"--set={key}={json.dumps(value)}" for key, value in small.items()]
+    assert main(["run", "qwen3_sd35/unigrpo", "--out", str(out), *asked]) == 0, capsys.readouterr()
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert len(steps) == 2
+    assert steps[1]["image/velocity_mse"] > 0
+    for part in ("text", "image"):
+        assert (out / "final" / part / "adapter_model.safetensors").exists()
+    capsys.readouterr()
+    assert main(["sample", str(out), "two pears", "--count", "1"]) == 0
+    assert "thinks: " in capsys.readouterr().out
