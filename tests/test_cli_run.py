@@ -230,16 +230,13 @@ def test_an_empty_folder_is_taken_and_a_broken_checkpoint_leaves_none(
 
 
 LARGE = ("bagel/", "sd35/", "qwen3/", "qwen3_sd35/")
-"""Recipes of models to be downloaded; their miniatures run in test_bagel_recipes.py, test_painters*.py,
-test_causal_run.py and test_composed.py."""
+"""Recipes of models to be downloaded; their miniatures run in test_bagel_recipes.py,
+test_painters*.py, test_causal_run.py and test_composed.py."""
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in shipped_titles() if not name.startswith(LARGE)]
-)
+@pytest.mark.parametrize("name", [name for name in shipped_titles() if not name.startswith(LARGE)])
 def test_every_shipped_recipe_runs_two_steps(unigrpo, tmp_path, checkpoint, name):
-    """On a tiny model; its group shape and every other choice are the recipe's own. Those for BAGEL
-    run in tests/test_bagel_recipes.py, those for SD3.5 in tests/test_painters.py."""
+    """On a tiny model; its group shape and every other choice are the recipe's own."""
     if name in ("paper/image_then_text", "paper/none"):
         pytest.skip("trains after another run, or nothing: tests/test_paper_ablation.py has both")
     fan_out = "[2, 3]" if name.startswith(("fast", "hacking")) else "[3, 1]"
