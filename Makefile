@@ -1,5 +1,5 @@
 # make demo          train the embedded model: .venv, the package, recipes/no_cfg_mse.toml
-# make test          linters, types, import floors, tests
+# make test          linters, types, import floors, tests (in two processes)
 # make lint          the first three of these
 # make bench         benchmarks, as JSON under benchmarks/results
 # make ablation      the runs, tables and figures of docs/explanation/ablation.md
@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 	$(BIN)/unigrpo run $(RECIPE)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
