@@ -110,9 +110,9 @@ class Adapters:
         config.base_model_name_or_path, config.auto_mapping = base, None
         config.target_modules = set(self.layers)  # in whole: PEFT's short forms bind more elsewhere
         config.save_pretrained(str(folder), auto_mapping_dict=None)
-        state = {
-            name: x.detach().cpu() for name, x in get_peft_model_state_dict(self._model).items()
-        }
+        # Told outright whether to save embeddings, PEFT does not look for the base on the hub.
+        found = get_peft_model_state_dict(self._model, save_embedding_layers=False)
+        state = {name: x.detach().cpu() for name, x in found.items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
@@ -133,7 +133,7 @@ class Adapters:
             ) from error
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
-        mine = get_peft_model_state_dict(self._model)
+        mine = get_peft_model_state_dict(self._model, save_embedding_layers=False)
         found = {name: tuple(x.shape) for name, x in state.items()}
         wanted = {name: tuple(x.shape) for name, x in mine.items()}
         if found != wanted:
