@@ -1,6 +1,7 @@
 """Causal language models: what they sample, what they train on, what they save."""
 
 import json
+import warnings
 
 import pytest
 import tiny_lm
@@ -98,12 +99,12 @@ def test_in_bf16_the_trainer_is_close_and_trained_weights_are_float32(folder, lo
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
 def test_ids_do_not_depend_on_the_batch(models, kind):
     policy = tiny_lm.policy(models[kind])
-    prompts, keys = PROMPTS * 6, [Key(("row", row)) for row in range(24)]
+    prompts, keys = PROMPTS * 3, [Key(("row", row)) for row in range(12)]
     together = ids(wrote(policy, prompts=prompts, keys=keys))
-    assert len({tuple(row) for row in together}) == 24
+    assert len({tuple(row) for row in together}) == 12
     for size in (1, 5):
         apart = []
-        for start in range(0, 24, size):
+        for start in range(0, 12, size):
             rows = slice(start, start + size)
             apart += ids(wrote(policy, prompts=prompts[rows], keys=keys[rows]))
         assert apart == together
@@ -274,7 +275,7 @@ def test_weights_in_several_files(folder, tmp_path):
 def test_adapters_train_alone_and_are_peft_s(folder, tmp_path):
     from peft import PeftModel
 
-    policy = tiny_lm.policy(folder, lora=LORA)
+    policy = tiny_lm.policy(folder, lora=LORA, name="owner/model")
     before = ids(wrote(policy))
     assert before == ids(wrote(tiny_lm.policy(folder)))
     open_ = {n for n, p in policy.parameters()["text"].items() if p.requires_grad}
@@ -286,12 +287,15 @@ def test_adapters_train_alone_and_are_peft_s(folder, tmp_path):
     assert after != before
     with policy.weights("reference"):
         assert ids(wrote(policy)) == before
-    policy.save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Could not find a config")  # PEFT asked the network
+        policy.save(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (2, "owner/model")
     again = tiny_lm.policy(folder, lora=LORA)
     again.load(tmp_path)
     sampler = tiny_lm.policy(folder, train=frozenset())

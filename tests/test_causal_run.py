@@ -40,7 +40,7 @@ def test_grpo_learns_to_write_digits(model, tmp_path, capsys):
     """A reward that starts near the share of digits among the bytes is beyond .25 in 60 steps; the
     adversary is a policy that never learns, whose reward stays there."""
     run = tmp_path / "run"
-    more = ("steps=60", "text.lr=3e-3", 'compute.checkpointing="none"')
+    more = ("steps=60", "text.lr=4e-3", "text.max_tokens=11", 'compute.checkpointing="none"')
     assert main(["run", RECIPE, "--out", str(run), *small(model, *more)]) == 0
     steps = lines(run)
     rewards = [step["reward/pattern"] for step in steps]

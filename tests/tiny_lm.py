@@ -105,10 +105,11 @@ def policy(
     train: frozenset[str] = frozenset({"text"}),
     lora: object = None,
     style: Style | None = None,
+    name: str = "",
     **place: object,
 ) -> CausalPolicy:
     where = Placement(torch.device("cpu"), compute, train, **place)
-    return load_causal(folder, style or Style(), where, lora=lora)
+    return load_causal(folder, style or Style(), where, lora=lora, name=name)
 
 
 def change(folder: Path, name: str, **values: object) -> None:

@@ -116,11 +116,11 @@ def load_causal(
         UserError: the folder has no causal language model, not all of its weights, or no tokenizer
             that fits; or the placement asks for what is not done with these models.
     """
-    for asked, name in ((place.compile, "compile"), (place.cuda_graphs, "cuda_graphs")):
+    for asked, key in ((place.compile, "compile"), (place.cuda_graphs, "cuda_graphs")):
         if asked:
             raise UserError(
-                f"compute.{name} is true, which hf_causal_lm does not do: its passes are "
-                f"transformers' own; set compute.{name} = false"
+                f"compute.{key} is true, which hf_causal_lm does not do: its passes are "
+                f"transformers' own; set compute.{key} = false"
             )
     whole = trained_whole("text", place, lora)
     dtype = torch.float32 if whole else place.compute
