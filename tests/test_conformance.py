@@ -194,6 +194,7 @@ def pipelines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-painters")
     tiny_painters.write_sd3(folder / "sd3")
     tiny_painters.write_flux(folder / "flux")
+    tiny_painters.write_sana(folder / "sana")
     return folder
 
 
@@ -208,6 +209,10 @@ class TestSD3(ImageFlowPolicyConformance):
 
 class TestFlux(TestSD3):
     use = "flux"
+
+
+class TestSana(TestSD3):
+    use = "sana"
 
 
 # --- nothing is left out ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 wrongly. The models are tiny and random, of the real classes, saved and loaded by the real code."""
 
 import json
+import math
 import shutil
 import sys
 
@@ -11,9 +12,10 @@ import tiny
 import tiny_clip
 import tiny_painters
 import torch
-from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FluxPipeline, SanaPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from unigrpo_models.painters.folder import Shift
 from unigrpo_models.painters.template import conditioning_text
 
 from unigrpo_core.catalog import load_catalog
@@ -68,6 +70,7 @@ def folders(tmp_path_factory):
     tiny_painters.write_sd3(at / "sd3")
     tiny_painters.write_flux(at / "flux")
     tiny_painters.write_flux(at / "schnell", guidance=False)
+    tiny_painters.write_sana(at / "sana")
     return at
 
 
@@ -77,7 +80,7 @@ def recipe(folders, tmp_path):
     (tmp_path / "prompts.txt").write_text("".join(f"{word} cat\n" for word in "abcdefghijkl"))
 
     def recipe(name, *overrides):
-        kind = "sd3" if name == "sd3" else "flux"
+        kind = "flux" if name == "schnell" else name
         at = {"checkpoint": folders / name, "prompts": tmp_path / "prompts.txt"}
         said = {key: json.dumps(str(path)) for key, path in at.items()}
         (tmp_path / "recipe.toml").write_text(RECIPE.format(kind=kind, **said))
@@ -100,13 +103,13 @@ def run(recipe, tmp_path):
 # --- against the pipeline ---------------------------------------------------------------------
 
 
-def engine_image(setup):
+def engine_image(setup, size=SIZE):
     """What the engine draws of PROMPTS without noise, and the latents that it starts from."""
     key = Key(("figure",))
     plan = Plan(("draw",), (1,), setup.training)
     drawn = tiny.image_of(sample(setup, PROMPTS, plan, key)).images
     starts = [key.child(prompt.id, 0, "noise") for prompt in PROMPTS]
-    return drawn, normals(starts, setup.image_policy.latent_shape(SIZE), "cpu")
+    return drawn, normals(starts, setup.image_policy.latent_shape(size), "cpu")
 
 
 ONE = "image.guidance={use='none'}"
@@ -186,6 +189,46 @@ def test_flux_draws_what_its_pipeline_draws(recipe, folders, name, guidance, sca
     assert (images[0] - images[1]).abs().max() > 0.02
 
 
+@pytest.mark.parametrize(
+    ("guidance", "scale", "negative", "instruction"),
+    [(ONE, 1.0, "", True), (GUIDED, 4.5, "", True), (GUIDED, 4.5, "dark", False)],
+)
+def test_sana_draws_what_its_pipeline_draws(
+    recipe, folders, guidance, scale, negative, instruction
+):
+    """On the grid and shift that the pipeline has with flow-match Euler."""
+    size = (32, 64)
+    setup = build_setup(
+        recipe(
+            "sana",
+            guidance,
+            "image.scheduler={use='flow_sde', steps=5, noise_level=0.7, grid='diffusers'}",
+            f"policy.negative='{negative}'",
+            f"policy.instruction={str(instruction).lower()}",
+            "image.size=[32,64]",
+        )
+    )
+    images, latents = engine_image(setup, size)
+    pipe = SanaPipeline.from_pretrained(folders / "sana")
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        [prompt.text for prompt in PROMPTS],
+        height=size[0],
+        width=size[1],
+        num_inference_steps=5,
+        guidance_scale=scale,
+        negative_prompt=negative,
+        latents=latents,
+        max_sequence_length=12,
+        use_resolution_binning=False,
+        output_type="pt",
+        **({} if instruction else {"complex_human_instruction": None}),
+    ).images
+    assert (images - expected).abs().max() <= 1e-4
+    assert images.std() > 0.05
+    assert (images[0] - images[1]).abs().max() > 0.02
+
+
 # --- training ---------------------------------------------------------------------------------
 
 
@@ -196,6 +239,7 @@ def test_flux_draws_what_its_pipeline_draws(recipe, folders, name, guidance, sca
         ("sd3", (GUIDED, "policy.lora_rank=2", "image.noise_scope='prompt'")),
         ("sd3", ("compute.replay_tokens=1", "updates.count=2")),
         ("flux", (GUIDED, "policy.lora_rank=2")),
+        ("sana", (GUIDED, "policy.lora_rank=2", "compute.replay_tokens=100")),
     ],
 )
 def test_sampler_and_trainer_agree(run, name, overrides):
@@ -288,6 +332,20 @@ def test_flow_grpo_on_sd3_learns_brightness_and_nothing_from_noise(run, reward):
     assert found >= 0.8 if reward == "brightness" else abs(found) <= 0.4
 
 
+@pytest.mark.parametrize(
+    ("config", "shift"),
+    [
+        ({"shift": 3.0}, 3.0),
+        ({}, 1.0),
+        ({"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}, 3.0),
+        ({"use_dynamic_shifting": True}, math.exp(0.5 + 0.65 * 768 / 3840)),
+        ({"use_dynamic_shifting": True, "time_shift_type": "linear", "max_shift": 0.5}, 0.5),
+    ],
+)
+def test_shift_of_a_scheduler(config, shift):
+    assert Shift(config)(1024) == pytest.approx(shift)
+
+
 # --- texts ------------------------------------------------------------------------------------
 
 
@@ -317,7 +375,7 @@ def test_a_template_that_would_lose_a_text_is_refused(recipe, template):
         recipe("sd3", f"policy.template='{template}'")
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana"])
 def test_a_text_is_read_once_until_it_is_forgotten(policy, name):
     painter = policy(name, "policy.kept_texts=2").painter
     read, told = painter.read, []

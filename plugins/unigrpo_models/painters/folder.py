@@ -8,7 +8,8 @@ Convention
     Time runs from t = 1 (noise) to 0, so a flow-match scheduler's sigma is t, and its ``shift`` is
     the engine's. A dynamic shift depends on the number of image tokens: with mu on the line through
     (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), the shift is exp(mu)
-    ("exponential") or mu ("linear").
+    ("exponential") or mu ("linear"). Other schedulers are flow-match if they predict a flow on flow
+    sigmas; their shift is ``flow_shift``.
 
 Deviations and readings
     1. The grid is the recipe's, so a scheduler that bends it in another way (terminal shift;
@@ -55,6 +56,8 @@ class Shift:
     def __call__(self, tokens: int) -> float:
         """For an image of so many tokens."""
         config = self.config
+        if config.get("use_flow_sigmas"):
+            return float(config.get("flow_shift", 1.0))
         if not config.get("use_dynamic_shifting"):
             return float(config.get("shift", 1.0))
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -107,7 +110,8 @@ def open_pipeline(
 
 def _check_flow(path: Path, scheduler: Mapping[str, Any]) -> None:
     found = scheduler.get("_class_name")
-    if found not in FLOW_MATCH:
+    flow = scheduler.get("use_flow_sigmas"), scheduler.get("prediction_type")
+    if found not in FLOW_MATCH and flow != (True, "flow_prediction"):
         raise UserError(
             f"{path}: its scheduler is a {found}, which is not flow-match; the model must predict "
             f"the velocity noise - data of a flow, with {' or '.join(FLOW_MATCH)}"

@@ -92,6 +92,15 @@ class FluxOptions(DrawingOptions):
     )
 
 
+class SanaOptions(DrawingOptions):
+    max_text_tokens: int = Field(
+        300, ge=2, description="tokens that Gemma reads of a prompt, padding in"
+    )
+    instruction: bool = Field(
+        True, description="whether the pipeline's request to enhance it stands before a prompt"
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """A painter by name: ``load(options, folder, placement, type of the network's weights)``."""
@@ -115,6 +124,12 @@ def _load_flux(*arguments: Any) -> Painter:
     return load_flux(*arguments)
 
 
+def _load_sana(*arguments: Any) -> Painter:
+    from unigrpo_models.painters.sana import load_sana
+
+    return load_sana(*arguments)
+
+
 KINDS = (
     Kind(
         "sd3",
@@ -129,6 +144,9 @@ KINDS = (
         _load_flux,
         "FLUX.1: draws prompts",
         "Black Forest Labs 2024, https://github.com/black-forest-labs/flux",
+    ),
+    Kind(
+        "sana", SanaOptions, _load_sana, "Sana: draws prompts", "Xie et al. 2024, arXiv 2410.10629"
     ),
 )
 
