@@ -563,3 +563,24 @@ def test_check_says_offline_what_is_not_there_yet(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["check", "sd35/no_cfg_mse"]) == 0
     assert "'stabilityai/stable-diffusion-3.5-medium' is not there yet" in capsys.readouterr().out
+
+
+def test_a_download_cut_off_is_not_taken_for_whole(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    repository = tmp_path / "models--stabilityai--stable-diffusion-3.5-medium"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    at = shutil.copytree(folders / "sd3", repository / "snapshots" / "abc")
+    assert main(["check", "sd35/no_cfg_mse"]) == 0
+    assert "policy sd3" not in capsys.readouterr().out
+    remove(at / "transformer" / "diffusion_pytorch_model.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+    (at / "text_encoder_3" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["check", "sd35/no_cfg_mse"]) == 0
+    said = capsys.readouterr().out
+    assert "text_encoder_3/model-00001-of-00002.safetensors, transformer/diffusion" in said
+    assert main(["check", "sd35/no_cfg_mse", f"--set=policy.checkpoint='{at}'"]) == 0
+    assert f"not there yet: {at / 'transformer' / 'diffusion_pytorch_model.saf'}" in (
+        capsys.readouterr().out.replace("\n", "")
+    )

@@ -47,6 +47,23 @@ FILES = (
 """What is downloaded: no variants in other types, no single-file copies, no pickles."""
 
 
+def weights_of(path: Path) -> tuple[str, ...]:
+    """The files of weights that the components of a folder need, as far as what is there of them
+    says: a download that was cut off has the small files first."""
+    found: list[str] = []
+    for config in sorted(path.glob("*/config.json")):
+        part = config.parent
+        stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
+        if stem != "model" and part.name not in ("transformer", "vae"):
+            continue
+        index = part / f"{stem}.safetensors.index.json"
+        names = {f"{stem}.safetensors"}
+        if index.is_file():
+            names = {*_read(index, "is not there").get("weight_map", {}).values()}
+        found += [f"{part.name}/{name}" for name in sorted(names)]
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Shift:
     """The timestep shift of a scheduler's configuration."""

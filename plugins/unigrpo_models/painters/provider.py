@@ -11,7 +11,7 @@ from pydantic import field_validator
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Field, Options, Placement, Provider
 from unigrpo_models.checkpoints import HubCheckpoint, fetched_folder, local_folder
-from unigrpo_models.painters.folder import FILES, NEEDED
+from unigrpo_models.painters.folder import FILES, NEEDED, weights_of
 from unigrpo_models.painters.template import PROMPT, THOUGHT
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def paint(kind: Kind, options: PainterOptions, place: Placement) -> Painter:
     import torch
 
     whole = "image" in place.train and not options.lora_rank
-    path = fetched_folder(options.checkpoint, NEEDED, FILES)
+    path = fetched_folder(options.checkpoint, _needed(options.checkpoint), FILES)
     return kind.load(options, path, place, torch.float32 if whole else place.compute)
 
 
@@ -172,12 +172,22 @@ def adapters_of(options: PainterOptions, painter: Painter) -> Lora | None:
     return Lora(rank, options.lora_alpha or 2 * rank, {"image": targets}) if rank else None
 
 
+def _needed(checkpoint: str) -> tuple[str, ...]:
+    """The files without which a download is not whole."""
+    try:
+        there = local_folder(checkpoint, NEEDED)
+    except UserError:
+        return NEEDED
+    return (*NEEDED, *weights_of(there))
+
+
 def notes(options: PainterOptions) -> Sequence[str]:
     try:
-        local_folder(options.checkpoint, NEEDED)
+        needed = _needed(options.checkpoint)
+        folder = local_folder(options.checkpoint, needed)
     except UserError as error:
         return (str(error),)
-    return ()
+    return tuple(f"not there yet: {folder / n}" for n in needed if not (folder / n).exists())
 
 
 def provider_of(kind: Kind) -> Provider:
