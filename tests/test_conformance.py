@@ -214,6 +214,11 @@ class TestFlux(TestSD3):
 class TestSana(TestSD3):
     use = "sana"
 
+    @pytest.fixture
+    def given(self, pipelines):
+        where = {"checkpoint": str(pipelines / "sana"), "max_text_tokens": 12}
+        return where | {"instruction": False}
+
 
 # --- nothing is left out ----------------------------------------------------------------------
 

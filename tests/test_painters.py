@@ -239,7 +239,7 @@ def test_sana_draws_what_its_pipeline_draws(
         ("sd3", (GUIDED, "policy.lora_rank=2", "image.noise_scope='prompt'")),
         ("sd3", ("compute.replay_tokens=1", "updates.count=2")),
         ("flux", (GUIDED, "policy.lora_rank=2")),
-        ("sana", (GUIDED, "policy.lora_rank=2", "compute.replay_tokens=100")),
+        ("sana", (GUIDED, "policy.lora_rank=2", "policy.instruction=false")),
     ],
 )
 def test_sampler_and_trainer_agree(run, name, overrides):
@@ -512,16 +512,23 @@ def test_diffusers_is_named_when_it_is_missing(recipe, monkeypatch):
         build_setup(recipe("sd3"))
 
 
-def test_weights_of_another_kind_are_not_loaded(run, recipe):
-    whole, adapted = run("sd3", out="whole"), run("sd3", "policy.lora_rank=2", out="adapted")
+def test_weights_of_another_kind_are_not_loaded(policy, tmp_path):
+    whole, adapted, sampled = (
+        policy("sd3", *more) for more in ((), ["policy.lora_rank=2"], ["train=[]", "steps=0"])
+    )
+    whole.save(tmp_path / "whole")
+    adapted.save(tmp_path / "adapted")
     with pytest.raises(UserError, match="holds adapters, not whole weights"):
-        build_setup(recipe("sd3", f"start='{adapted}'"))
+        whole.load(tmp_path / "adapted")
     with pytest.raises(UserError, match="its run trained without adapters"):
-        build_setup(recipe("sd3", f"start='{whole}'", "policy.lora_rank=2"))
+        adapted.load(tmp_path / "whole")
     with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors"):
-        build_setup(recipe("sd3")).policy.load(whole)
-    painted = build_setup(recipe("sd3", f"start='{adapted}'", "train=[]", "steps=0"))
-    assert painted.policy.painter.network is not None
+        whole.load(tmp_path)
+    with pytest.raises(UserError, match="is of another model"):
+        policy("flux").load(tmp_path / "whole")
+    sampled.load(tmp_path / "adapted")  # a policy that is not trained takes either
+    assert any(".lora_A." in name for name, _ in sampled.root.named_parameters())
+    assert not any(parameter.requires_grad for parameter in sampled.root.parameters())
 
 
 # --- shipped recipes --------------------------------------------------------------------------
@@ -537,7 +544,7 @@ def clip(tmp_path_factory):
 def test_shipped_recipes_run_two_steps(name, folders, clip, tmp_path, capsys):
     """Every choice is the recipe's own but for its size."""
     small = [
-        *("steps=2", "prompts=2", "group.fan_out=[3]", "image.size=[32,24]", "policy.lora_rank=2"),
+        *("steps=2", "prompts=2", "group.fan_out=[2]", "image.size=[16,24]", "policy.lora_rank=2"),
         *("policy.max_text_tokens=12", "evaluation.scheduler.steps=4", "evaluation.sheet=0"),
         *("evaluation.prompts=2", "evaluation.final_prompts=2", "compute.device='cpu'"),
         f"policy.checkpoint={json.dumps(str(folders / 'sd3'))}",
