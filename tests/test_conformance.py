@@ -219,6 +219,7 @@ def pipelines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-painters")
     tiny_painters.write_sd3(folder / "sd3")
     tiny_painters.write_flux(folder / "flux")
+    tiny_painters.write_sana(folder / "sana")
     return folder
 
 
@@ -233,6 +234,15 @@ class TestSD3(ImageFlowPolicyConformance):
 
 class TestFlux(TestSD3):
     use = "flux"
+
+
+class TestSana(TestSD3):
+    use = "sana"
+
+    @pytest.fixture
+    def given(self, pipelines):
+        where = {"checkpoint": str(pipelines / "sana"), "max_text_tokens": 12}
+        return where | {"instruction": False}
 
 
 class TestComposed(TextPolicyConformance, ImageFlowPolicyConformance):

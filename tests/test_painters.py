@@ -2,6 +2,7 @@
 wrongly. The models are tiny and random, of the real classes, saved and loaded by the real code."""
 
 import json
+import math
 import shutil
 import sys
 
@@ -11,10 +12,11 @@ import tiny
 import tiny_clip
 import tiny_painters
 import torch
-from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FluxPipeline, SanaPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from unigrpo_models.painters.template import conditioning_text
+from unigrpo_models.painters.folder import Shift
+from unigrpo_models.template import conditioning_text
 
 from unigrpo_core.catalog import load_catalog
 from unigrpo_core.cli import main
@@ -68,6 +70,7 @@ def folders(tmp_path_factory):
     tiny_painters.write_sd3(at / "sd3")
     tiny_painters.write_flux(at / "flux")
     tiny_painters.write_flux(at / "schnell", guidance=False)
+    tiny_painters.write_sana(at / "sana")
     return at
 
 
@@ -77,7 +80,7 @@ def recipe(folders, tmp_path):
     (tmp_path / "prompts.txt").write_text("".join(f"{word} cat\n" for word in "abcdefghijkl"))
 
     def recipe(name, *overrides):
-        kind = "sd3" if name == "sd3" else "flux"
+        kind = "flux" if name == "schnell" else name
         at = {"checkpoint": folders / name, "prompts": tmp_path / "prompts.txt"}
         said = {key: json.dumps(str(path)) for key, path in at.items()}
         (tmp_path / "recipe.toml").write_text(RECIPE.format(kind=kind, **said))
@@ -100,13 +103,13 @@ def run(recipe, tmp_path):
 # --- against the pipeline ---------------------------------------------------------------------
 
 
-def engine_image(setup):
+def engine_image(setup, size=SIZE):
     """What the engine draws of PROMPTS without noise, and the latents that it starts from."""
     key = Key(("figure",))
     plan = Plan(("draw",), (1,), setup.training)
     drawn = tiny.image_of(sample(setup, PROMPTS, plan, key)).images
     starts = [key.child(prompt.id, 0, "noise") for prompt in PROMPTS]
-    return drawn, normals(starts, setup.image_policy.latent_shape(SIZE), "cpu")
+    return drawn, normals(starts, setup.image_policy.latent_shape(size), "cpu")
 
 
 ONE = "image.guidance={use='none'}"
@@ -186,6 +189,46 @@ def test_flux_draws_what_its_pipeline_draws(recipe, folders, name, guidance, sca
     assert (images[0] - images[1]).abs().max() > 0.02
 
 
+@pytest.mark.parametrize(
+    ("guidance", "scale", "negative", "instruction"),
+    [(ONE, 1.0, "", True), (GUIDED, 4.5, "", True), (GUIDED, 4.5, "dark", False)],
+)
+def test_sana_draws_what_its_pipeline_draws(
+    recipe, folders, guidance, scale, negative, instruction
+):
+    """On the grid and shift that the pipeline has with flow-match Euler."""
+    size = (32, 64)
+    setup = build_setup(
+        recipe(
+            "sana",
+            guidance,
+            "image.scheduler={use='flow_sde', steps=5, noise_level=0.7, grid='diffusers'}",
+            f"policy.negative='{negative}'",
+            f"policy.instruction={str(instruction).lower()}",
+            "image.size=[32,64]",
+        )
+    )
+    images, latents = engine_image(setup, size)
+    pipe = SanaPipeline.from_pretrained(folders / "sana")
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        [prompt.text for prompt in PROMPTS],
+        height=size[0],
+        width=size[1],
+        num_inference_steps=5,
+        guidance_scale=scale,
+        negative_prompt=negative,
+        latents=latents,
+        max_sequence_length=12,
+        use_resolution_binning=False,
+        output_type="pt",
+        **({} if instruction else {"complex_human_instruction": None}),
+    ).images
+    assert (images - expected).abs().max() <= 1e-4
+    assert images.std() > 0.05
+    assert (images[0] - images[1]).abs().max() > 0.02
+
+
 # --- training ---------------------------------------------------------------------------------
 
 
@@ -196,6 +239,7 @@ def test_flux_draws_what_its_pipeline_draws(recipe, folders, name, guidance, sca
         ("sd3", (GUIDED, "policy.lora_rank=2", "image.noise_scope='prompt'")),
         ("sd3", ("compute.replay_tokens=1", "updates.count=2")),
         ("flux", (GUIDED, "policy.lora_rank=2")),
+        ("sana", (GUIDED, "policy.lora_rank=2", "policy.instruction=false")),
     ],
 )
 def test_sampler_and_trainer_agree(run, name, overrides):
@@ -288,6 +332,20 @@ def test_flow_grpo_on_sd3_learns_brightness_and_nothing_from_noise(run, reward):
     assert found >= 0.8 if reward == "brightness" else abs(found) <= 0.4
 
 
+@pytest.mark.parametrize(
+    ("config", "shift"),
+    [
+        ({"shift": 3.0}, 3.0),
+        ({}, 1.0),
+        ({"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}, 3.0),
+        ({"use_dynamic_shifting": True}, math.exp(0.5 + 0.65 * 768 / 3840)),
+        ({"use_dynamic_shifting": True, "time_shift_type": "linear", "max_shift": 0.5}, 0.5),
+    ],
+)
+def test_shift_of_a_scheduler(config, shift):
+    assert Shift(config)(1024) == pytest.approx(shift)
+
+
 # --- texts ------------------------------------------------------------------------------------
 
 
@@ -317,7 +375,7 @@ def test_a_template_that_would_lose_a_text_is_refused(recipe, template):
         recipe("sd3", f"policy.template='{template}'")
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana"])
 def test_a_text_is_read_once_until_it_is_forgotten(policy, name):
     painter = policy(name, "policy.kept_texts=2").painter
     read, told = painter.read, []
@@ -454,16 +512,23 @@ def test_diffusers_is_named_when_it_is_missing(recipe, monkeypatch):
         build_setup(recipe("sd3"))
 
 
-def test_weights_of_another_kind_are_not_loaded(run, recipe):
-    whole, adapted = run("sd3", out="whole"), run("sd3", "policy.lora_rank=2", out="adapted")
+def test_weights_of_another_kind_are_not_loaded(policy, tmp_path):
+    whole, adapted, sampled = (
+        policy("sd3", *more) for more in ((), ["policy.lora_rank=2"], ["train=[]", "steps=0"])
+    )
+    whole.save(tmp_path / "whole")
+    adapted.save(tmp_path / "adapted")
     with pytest.raises(UserError, match="holds adapters, not whole weights"):
-        build_setup(recipe("sd3", f"start='{adapted}'"))
+        whole.load(tmp_path / "adapted")
     with pytest.raises(UserError, match="its run trained without adapters"):
-        build_setup(recipe("sd3", f"start='{whole}'", "policy.lora_rank=2"))
+        adapted.load(tmp_path / "whole")
     with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors"):
-        build_setup(recipe("sd3")).policy.load(whole)
-    painted = build_setup(recipe("sd3", f"start='{adapted}'", "train=[]", "steps=0"))
-    assert painted.policy.painter.network is not None
+        whole.load(tmp_path)
+    with pytest.raises(UserError, match="is of another model"):
+        policy("flux").load(tmp_path / "whole")
+    sampled.load(tmp_path / "adapted")  # a policy that is not trained takes either
+    assert any(".lora_A." in name for name, _ in sampled.root.named_parameters())
+    assert not any(parameter.requires_grad for parameter in sampled.root.parameters())
 
 
 # --- shipped recipes --------------------------------------------------------------------------
@@ -479,7 +544,7 @@ def clip(tmp_path_factory):
 def test_shipped_recipes_run_two_steps(name, folders, clip, tmp_path, capsys):
     """Every choice is the recipe's own but for its size."""
     small = [
-        *("steps=2", "prompts=2", "group.fan_out=[3]", "image.size=[32,24]", "policy.lora_rank=2"),
+        *("steps=2", "prompts=2", "group.fan_out=[2]", "image.size=[16,24]", "policy.lora_rank=2"),
         *("policy.max_text_tokens=12", "evaluation.scheduler.steps=4", "evaluation.sheet=0"),
         *("evaluation.prompts=2", "evaluation.final_prompts=2", "compute.device='cpu'"),
         f"policy.checkpoint={json.dumps(str(folders / 'sd3'))}",
@@ -505,3 +570,24 @@ def test_check_says_offline_what_is_not_there_yet(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["check", "sd35/no_cfg_mse"]) == 0
     assert "'stabilityai/stable-diffusion-3.5-medium' is not there yet" in capsys.readouterr().out
+
+
+def test_a_download_cut_off_is_not_taken_for_whole(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    repository = tmp_path / "models--stabilityai--stable-diffusion-3.5-medium"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    at = shutil.copytree(folders / "sd3", repository / "snapshots" / "abc")
+    assert main(["check", "sd35/no_cfg_mse"]) == 0
+    assert "policy sd3" not in capsys.readouterr().out
+    remove(at / "transformer" / "diffusion_pytorch_model.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+    (at / "text_encoder_3" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["check", "sd35/no_cfg_mse"]) == 0
+    said = capsys.readouterr().out
+    assert "text_encoder_3/model-00001-of-00002.safetensors, transformer/diffusion" in said
+    assert main(["check", "sd35/no_cfg_mse", f"--set=policy.checkpoint='{at}'"]) == 0
+    assert f"not there yet: {at / 'transformer' / 'diffusion_pytorch_model.saf'}" in (
+        capsys.readouterr().out.replace("\n", "")
+    )

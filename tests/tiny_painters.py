@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -21,6 +24,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -153,5 +159,65 @@ def write_flux(folder: Path, *, guidance: bool = True) -> Path:
             tokenizer=words,
             text_encoder_2=_t5(long, 32),
             tokenizer_2=long,
+        ).save_pretrained(folder)
+    return folder
+
+
+def write_sana(folder: Path) -> Path:
+    """A SanaPipeline; tokens of 4 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        words = [(token, 0.0) for token in ("<pad>", "<eos>", "<unk>", "<bos>")]
+        words += [("▁", -2.0), *((letter, -3.0 - n / 10) for n, letter in enumerate(LETTERS))]
+        fast = Tokenizer(models.Unigram(words, unk_id=2))
+        fast.pre_tokenizer = pre_tokenizers.Metaspace()
+        fast.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 3)]
+        )
+        special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "unk", "bos")}
+        gemma = Gemma2Config(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=64,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=3,
+        )
+        transformer = SanaTransformer2DModel(
+            in_channels=8,
+            out_channels=8,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=32,
+            sample_size=32,
+        )
+        autoencoder = AutoencoderDC(
+            latent_channels=8,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock",) * 3,
+            decoder_block_types=("ResBlock",) * 3,
+            encoder_block_out_channels=(8, 8, 16),
+            decoder_block_out_channels=(8, 8, 16),
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            encoder_qkv_multiscales=((), (), ()),
+            decoder_qkv_multiscales=((), (), ()),
+            scaling_factor=0.41407,
+        )
+        SanaPipeline(
+            transformer=_random(transformer),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=autoencoder.eval(),
+            text_encoder=_random(Gemma2Model(gemma)),
+            tokenizer=PreTrainedTokenizerFast(tokenizer_object=fast, **special),
         ).save_pretrained(folder)
     return folder

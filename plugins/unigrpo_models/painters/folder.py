@@ -8,7 +8,8 @@ Convention
     Time runs from t = 1 (noise) to 0, so a flow-match scheduler's sigma is t, and its ``shift`` is
     the engine's. A dynamic shift depends on the number of image tokens: with mu on the line through
     (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), the shift is exp(mu)
-    ("exponential") or mu ("linear").
+    ("exponential") or mu ("linear"). Other schedulers are flow-match if they predict a flow on flow
+    sigmas; their shift is ``flow_shift``.
 
 Deviations and readings
     1. The grid is the recipe's, so a scheduler that bends it in another way (terminal shift;
@@ -50,6 +51,23 @@ FILES = Files(
 """What is read of a repository: no variants in other types, no single-file copies, no pickles."""
 
 
+def weights_of(path: Path) -> tuple[str, ...]:
+    """The files of weights that the components of a folder need, as far as what is there of them
+    says: a download that was cut off has the small files first."""
+    found: list[str] = []
+    for config in sorted(path.glob("*/config.json")):
+        part = config.parent
+        stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
+        if stem != "model" and part.name not in ("transformer", "vae"):
+            continue
+        index = part / f"{stem}.safetensors.index.json"
+        names = {f"{stem}.safetensors"}
+        if index.is_file():
+            names = {*_read(index, "is not there").get("weight_map", {}).values()}
+        found += [f"{part.name}/{name}" for name in sorted(names)]
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Shift:
     """The timestep shift of a scheduler's configuration."""
@@ -59,6 +77,8 @@ class Shift:
     def __call__(self, tokens: int) -> float:
         """For an image of so many tokens."""
         config = self.config
+        if config.get("use_flow_sigmas"):
+            return float(config.get("flow_shift", 1.0))
         if not config.get("use_dynamic_shifting"):
             return float(config.get("shift", 1.0))
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -111,7 +131,8 @@ def open_pipeline(
 
 def _check_flow(path: Path, scheduler: Mapping[str, Any]) -> None:
     found = scheduler.get("_class_name")
-    if found not in FLOW_MATCH:
+    flow = scheduler.get("use_flow_sigmas"), scheduler.get("prediction_type")
+    if found not in FLOW_MATCH and flow != (True, "flow_prediction"):
         raise UserError(
             f"{path}: its scheduler is a {found}, which is not flow-match; the model must predict "
             f"the velocity noise - data of a flow, with {' or '.join(FLOW_MATCH)}"

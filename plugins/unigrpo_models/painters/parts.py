@@ -113,6 +113,14 @@ class Tokenizer:
         Raises:
             UserError: as :meth:`count`.
         """
+        return self.padded(text, device)[0]
+
+    def padded(self, text: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The ids, and the mask of those that are not padding, int64 [1, limit].
+
+        Raises:
+            UserError: as :meth:`count`.
+        """
         self.count(text)
         found = self.tokenizer(
             [text],
@@ -122,8 +130,7 @@ class Tokenizer:
             return_tensors="pt",
             verbose=False,
         )
-        ids: Tensor = found.input_ids
-        return ids.to(device)
+        return found.input_ids.to(device), found.attention_mask.to(device)
 
 
 def grid_of(size: tuple[int, int], stride: int, limit: int | None = None) -> tuple[int, int]:
@@ -143,16 +150,18 @@ def grid_of(size: tuple[int, int], stride: int, limit: int | None = None) -> tup
 
 def vae_stride(autoencoder: Any) -> int:
     """Pixels of a latent's side."""
-    return int(2 ** (len(autoencoder.config.block_out_channels) - 1))
+    config = autoencoder.config
+    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return int(2 ** (len(stages) - 1))
 
 
 @torch.no_grad()
 def decode_images(autoencoder: Any, latents: Tensor) -> Tensor:
-    """float32 [B, 3, H, W] in [0, 1] of latents [B, C, h, w] by an AutoencoderKL: its input is
-    latents / scaling_factor + shift_factor, its output in [-1, 1]. A megapixel at a time, since a
+    """float32 [B, 3, H, W] in [0, 1] of latents [B, C, h, w] by an autoencoder that takes
+    latents / scaling_factor + shift_factor and gives [-1, 1]. A megapixel at a time, since a
     decoder's activations are large."""
     config = autoencoder.config
-    latents = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
+    latents = latents.float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
     pixels = latents[0, 0].numel() * vae_stride(autoencoder) ** 2
     parts = torch.split(latents, max(1, MEGAPIXEL // pixels))
     images = [autoencoder.decode(part, return_dict=False)[0] for part in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
@@ -11,6 +11,7 @@ from pydantic import field_validator
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import (
     Field,
+    Files,
     HubPath,
     Options,
     Placement,
@@ -18,7 +19,7 @@ from unigrpo_core.plugin import (
     fetched_folder,
     local_folder,
 )
-from unigrpo_models.painters.folder import FILES
+from unigrpo_models.painters.folder import FILES, weights_of
 from unigrpo_models.template import PROMPT, THOUGHT
 
 if TYPE_CHECKING:
@@ -99,6 +100,15 @@ class FluxOptions(DrawingOptions):
     )
 
 
+class SanaOptions(DrawingOptions):
+    max_text_tokens: int = Field(
+        300, ge=2, description="tokens that Gemma reads of a prompt, padding in"
+    )
+    instruction: bool = Field(
+        True, description="whether the pipeline's request to enhance it stands before a prompt"
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """A painter by name: ``load(options, folder, placement, type of the network's weights)``."""
@@ -122,6 +132,12 @@ def _load_flux(*arguments: Any) -> Painter:
     return load_flux(*arguments)
 
 
+def _load_sana(*arguments: Any) -> Painter:
+    from unigrpo_models.painters.sana import load_sana
+
+    return load_sana(*arguments)
+
+
 KINDS = (
     Kind(
         "sd3",
@@ -137,6 +153,9 @@ KINDS = (
         "FLUX.1: draws prompts",
         "Black Forest Labs 2024, https://github.com/black-forest-labs/flux",
     ),
+    Kind(
+        "sana", SanaOptions, _load_sana, "Sana: draws prompts", "Xie et al. 2024, arXiv 2410.10629"
+    ),
 )
 
 
@@ -149,7 +168,7 @@ def paint(kind: Kind, options: PainterOptions, place: Placement) -> Painter:
     import torch
 
     whole = "image" in place.train and not options.lora_rank
-    path = fetched_folder("checkpoint", options.checkpoint, FILES)
+    path = fetched_folder("checkpoint", options.checkpoint, _files(options.checkpoint))
     return kind.load(options, path, place, torch.float32 if whole else place.compute)
 
 
@@ -161,12 +180,24 @@ def adapters_of(options: PainterOptions, painter: Painter) -> Lora | None:
     return Lora(rank, options.lora_alpha or 2 * rank, {"image": targets}) if rank else None
 
 
+def _files(checkpoint: str) -> Files:
+    """What a run reads; without the weights that a folder's configurations name a download is not
+    whole."""
+    try:
+        there = local_folder("checkpoint", checkpoint, FILES)
+    except UserError:
+        return FILES
+    return replace(FILES, published=(*FILES.published, *weights_of(there)))
+
+
 def notes(options: PainterOptions) -> Sequence[str]:
     try:
-        local_folder("checkpoint", options.checkpoint, FILES)
+        files = _files(options.checkpoint)
+        folder = local_folder("checkpoint", options.checkpoint, files)
     except UserError as error:
         return (str(error),)
-    return ()
+    missing = [name for name in files.published if not (folder / name).exists()]
+    return tuple(f"not there yet: {folder / name}" for name in missing)
 
 
 def provider_of(kind: Kind) -> Provider:
