@@ -426,7 +426,7 @@ def without(folder, name):
 
 
 FAULTS = {
-    "no index": (lambda at: remove(at / "model_index.json"), "has no model_index.json"),
+    "no index": (lambda at: remove(at / "model_index.json"), "lacks model_index.json"),
     "another pipeline": (
         lambda at: edited(at / "model_index.json", _class_name="StableDiffusionPipeline"),
         "is a StableDiffusionPipeline, which this policy is not for",
