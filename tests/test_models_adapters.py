@@ -88,6 +88,14 @@ def test_a_target_that_binds_nothing_is_told_before_training(checkpoint, target)
         policy(checkpoint, Lora(2, 4, {"text": ("q_proj", target)}))
 
 
+def test_building_draws_nothing_from_the_global_generator(checkpoint):
+    torch.manual_seed(3)
+    policy(checkpoint, Lora(2, 4, {"text": ("q_proj",)}))
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), drawn)
+
+
 def test_fresh_adapters_change_nothing_and_off_is_the_base(checkpoint):
     plain, adapted = policy(checkpoint), policy(checkpoint, Lora(2, 4, {"text": ("q_proj",)}))
     ids = torch.tensor([[3, 5, 7, 9]])

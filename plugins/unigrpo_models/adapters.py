@@ -54,7 +54,8 @@ class Adapters:
             ) from error
         self.layers = tuple(layers)
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(layers))
-        self._model: Any = get_peft_model(network, config)
+        with torch.random.fork_rng():  # PEFT draws what is drawn anew below
+            self._model: Any = get_peft_model(network, config)
         for name in layers:
             layer: Any = network.get_submodule(name)
             layer.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy
