@@ -12,6 +12,7 @@ in float32.
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -82,6 +83,13 @@ def resident() -> int:
 
 
 def peak() -> int:
+    """Bytes of the peak so far. What getrusage says has been that of whoever started the process,
+    if that was larger."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -63,7 +63,7 @@ import sys
 from unigrpo_rewards import hooks
 
 names = [provider.name for provider in (*hooks.unigrpo_rewards(), *hooks.unigrpo_prompts())]
-assert names == ["brightness", "random", "pickscore", "file"], names
+assert names == ["brightness", "random", "pickscore", "pattern", "file"], names
 for provider in list(hooks.unigrpo_rewards())[:2]:
     built = provider.build(provider.options())
     assert (provider.range or built.range) == (0.0, 1.0) and provider.summary

@@ -110,7 +110,9 @@ class PolicyConformance(Conformance):
         return EXPERTS & self.slot_of(None).provides
 
     def branch_names(self) -> tuple[str, ...]:
-        found = [word.partition("branch:") for word in sorted(self.slot_of(None).provides)]
+        parts = self.slot_of(None).parts.values()
+        said = [self.found(), *(part.component.provider for part in parts)]
+        found = [word.partition("branch:") for each in said for word in each.provides]
         return tuple(name for _, branch, name in found if branch)
 
     # --- what checks do with it ---------------------------------------------------------------
