@@ -56,6 +56,20 @@ def environment(tmp_path_factory):
     return environment
 
 
+@pytest.fixture
+def in_float64():
+    """Whatever asks for float32 gets float64, so that what differs is not rounding."""
+    import torch
+    from tiny import Float64
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Float64():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def pytest_collection_modifyitems(items):
     """What is marked ``gpu`` is skipped where there is none; torch is asked only if there is
     something to skip."""

@@ -346,6 +346,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_those_of_the_formulas(case, tmp_path):
     (tmp_path / "cross.toml").write_text(RECIPE.replace("BASE", str(BASE)))
@@ -393,8 +394,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(case, tmp_path):
     names = {"text": "text/loss", "image": "image/loss", "text_kl": "text/text_kl"}
     for name, value in figures.items():
         shown = metrics[names.get(name, f"image/{name}")]
-        # A float32 log-prob is off by about 1e-6, and these are means of them with both signs.
-        assert shown == pytest.approx(float(value.detach()), rel=2e-6, abs=3e-7), name
+        assert shown == pytest.approx(float(value.detach()), rel=1e-7, abs=1e-8), name
     assert metrics["text/grad_norm"] == pytest.approx(norms[0], rel=1e-5)
     assert metrics["image/grad_norm"] == pytest.approx(norms[1], rel=1e-5)
     if len(seen) == 2:

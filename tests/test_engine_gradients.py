@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import is_image, train_set
-from torch.overrides import TorchFunctionMode
 from unigrpo_methods.objectives.grpo import GRPO
 
 from unigrpo_core.engine.update import Updater
@@ -17,28 +16,6 @@ PENALTIES = (
     "image.regularizers=[{use='velocity_mse', weight=0.5}, {use='latent_kl', weight=0.5}]",
     "text.regularizers=[{use='text_kl', weight=0.5}]",
 )
-
-
-class Float64(TorchFunctionMode):
-    """What asks for float32 gets float64."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        kwargs = kwargs or {}
-        if kwargs.get("dtype") is torch.float32:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
-@pytest.fixture
-def in_float64():
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Float64():
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def with_budget(built, tokens):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from unigrpo_board.make_checkpoint import write_tokenizer
 from unigrpo_models.bagel.checkpoint import write_config
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig, Latent
@@ -185,6 +186,21 @@ def prompts(count: int = 3) -> tuple[Prompt, ...]:
         "five minus two mix yellow and blue triangle opposite of left of a red square",
     )
     return tuple(Prompt(f"p{i}", texts[i % len(texts)]) for i in range(count))
+
+
+# --- float64 ---------------------------------------------------------------------------------
+
+
+class Float64(TorchFunctionMode):
+    """What asks for float32 gets float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 # --- rollouts ---------------------------------------------------------------------------------
