@@ -1,6 +1,7 @@
 """``check --memory``: its counts are those of a real run, its bytes those of real tensors."""
 
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -230,8 +231,8 @@ def test_the_floors_of_a_planned_step(tmp_path):
 def test_the_account_that_the_docs_show(tmp_path, checkpoint):
     page = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
     [block] = [b for b in page.split("```") if b.startswith("python\n") and "def account" in b]
-    names = {}
-    exec(block.removeprefix("python\n"), names)
+    (tmp_path / "shown.py").write_text(block.removeprefix("python\n"))
+    names = runpy.run_path(str(tmp_path / "shown.py"))
     found = names["account"](None, workload(tiny.recipe(tmp_path, checkpoint).recipe, PROMPT))
     assert found.total == 16 * names["PARAMETERS"]
     assert found.work["denoising"].flops == 48 * 2 * names["PARAMETERS"] * names["LATENTS"]
