@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
+from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Placement
-from unigrpo_models.adapters import Adapters, Lora
+from unigrpo_models.adapters import CONFIG, Adapters, Lora
 from unigrpo_models.weights import WeightSets
 
 ExpertOf = Callable[[str], str | None]
@@ -30,6 +32,7 @@ class Trainable:
         self, network: nn.Module, expert_of: ExpertOf, place: Placement, lora: Lora | None
     ) -> None:
         self.network, self.expert_of = network, expert_of
+        self.trains = bool(place.train)
         targets = {} if lora is None else lora.targets
         adapted = {expert: names for expert, names in targets.items() if expert in place.train}
         self.whole = place.train - adapted.keys()
@@ -54,6 +57,28 @@ class Trainable:
             if expert is not None:
                 experts[expert][name] = parameter
         return experts
+
+    def load_adapters(self, folder: Path, options: str) -> bool:
+        """Takes over the adapters that a folder has, and says whether it did: those that are
+        trained, or, to sample with, those that are found. ``options`` are what a recipe names their
+        layers by.
+
+        Raises:
+            UserError: they are not there, damaged, or not those that are trained here.
+        """
+        if self.adapters is not None:
+            self.adapters.load(folder)
+            return True
+        if not (folder / CONFIG).exists():
+            return False
+        if self.trains:
+            raise UserError(
+                f"{folder} holds adapters, not whole weights: set policy.lora_rank and {options} as "
+                "its run had them"
+            )
+        self.adapters = Adapters.saved(self.network, folder)
+        self.network.requires_grad_(False)
+        return True
 
     def keep(self, name: str) -> None:
         """Remembers what is trained, as it is now."""

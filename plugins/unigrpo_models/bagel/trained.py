@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 
-from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Placement
-from unigrpo_models.adapters import CONFIG as ADAPTERS
-from unigrpo_models.adapters import Adapters, Lora
+from unigrpo_models.adapters import Lora
 from unigrpo_models.bagel.checkpoint import open_weights, write_checkpoint
 from unigrpo_models.bagel.layout import WEIGHTS, expert_of
 from unigrpo_models.bagel.network import BagelNetwork
@@ -49,7 +47,7 @@ class TrainedWeights(Trainable):
         base: str,
     ) -> None:
         super().__init__(network, expert_of, place, lora)
-        self._stored, self._folder, self._trains = stored, folder, bool(place.train)
+        self._stored, self._folder = stored, folder
         self._base = base
 
     def save(self, folder: Path) -> None:
@@ -74,17 +72,8 @@ class TrainedWeights(Trainable):
         Raises:
             UserError: it is not there, damaged, of another model, or of other adapters.
         """
-        if self.adapters is not None:
-            self.adapters.load(folder)
-        elif (folder / ADAPTERS).exists():
-            if self._trains:
-                raise UserError(
-                    f"{folder} holds adapters, not whole weights: set policy.lora_rank, lora_text "
-                    "and lora_image as its run had them"
-                )
-            self.adapters = Adapters.saved(self.network, folder)  # to sample with
-            self.network.requires_grad_(False)
-        if self.adapters is None or (folder / WEIGHTS).exists():
+        adapted = self.load_adapters(folder, "lora_text, lora_image")
+        if not adapted or (folder / WEIGHTS).exists():
             stored = open_weights(folder, self.network)
             read_over(stored, self.network.published())
             self._stored = stored

@@ -10,8 +10,7 @@ import torch
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Placement
-from unigrpo_models.adapters import CONFIG as ADAPTERS
-from unigrpo_models.adapters import Adapters, Lora
+from unigrpo_models.adapters import Lora
 from unigrpo_models.causal.files import CONFIG, weight_files
 from unigrpo_models.causal.loading import quiet, read_model
 from unigrpo_models.causal.network import CausalNetwork
@@ -42,8 +41,7 @@ class TrainedWeights(Trainable):
     ) -> None:
         super().__init__(network.model, expert_of, place, lora)
         self._model: Any = network.model
-        self._folder, self._trains = folder, "text" in place.train
-        self._base = base
+        self._folder, self._base = folder, base
         # Kept, so that what was loaded can be saved although the folder has gone since.
         self._beside = {
             file.name: file.read_bytes()
@@ -66,7 +64,7 @@ class TrainedWeights(Trainable):
             self.adapters.save(folder, self._base)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if self._trains or not self._folder.is_dir():
+        if self.trains or not self._folder.is_dir():
             with quiet():
                 self._model.save_pretrained(str(folder))
         else:
@@ -82,17 +80,7 @@ class TrainedWeights(Trainable):
         Raises:
             UserError: it is not there, damaged, of another model, or of other adapters.
         """
-        if self.adapters is not None:
-            self.adapters.load(folder)
-            return
-        if (folder / ADAPTERS).exists():
-            if self._trains:
-                raise UserError(
-                    f"{folder} holds adapters, not whole weights: set policy.lora_rank and "
-                    "lora_text as its run had them"
-                )
-            self.adapters = Adapters.saved(self._model, folder)  # to sample with
-            self._model.requires_grad_(False)
+        if self.load_adapters(folder, "lora_text"):
             return
         mine = self._model.state_dict()
         dtype = next(iter(mine.values())).dtype

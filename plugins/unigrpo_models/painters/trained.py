@@ -6,10 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Placement
-from unigrpo_models.adapters import CONFIG as ADAPTERS
-from unigrpo_models.adapters import Adapters, Lora
+from unigrpo_models.adapters import Lora
 from unigrpo_models.compiled import compile_units
 from unigrpo_models.painters.painter import Painter
 from unigrpo_models.reading import check_fit, read_over, shapes_of
@@ -40,7 +38,7 @@ class PainterWeights(Trainable):
         if place.checkpointing != "none":
             network.enable_gradient_checkpointing(partial(recomputed, place.checkpointing))
         super().__init__(network, image_owns, place, lora)
-        self._folder, self._trains = painter.folder, bool(place.train)
+        self._folder = painter.folder
 
     def save(self, folder: Path) -> None:
         """Adapters in PEFT's layout, whole weights as a pipeline's component, in one file: nothing
@@ -62,17 +60,7 @@ class PainterWeights(Trainable):
         Raises:
             UserError: it is not there, damaged, of another model, or of other adapters.
         """
-        if self.adapters is not None:
-            self.adapters.load(folder)
-            return
-        if (folder / ADAPTERS).exists():
-            if self._trains:
-                raise UserError(
-                    f"{folder} holds adapters, not whole weights: set policy.lora_rank and "
-                    "lora_image as its run had them"
-                )
-            self.adapters = Adapters.saved(self.network, folder)  # to sample with
-            self.network.requires_grad_(False)
+        if self.load_adapters(folder, "lora_image"):
             return
         state = self.network.state_dict()
         stored = Stored(folder / PART / WEIGHTS)
