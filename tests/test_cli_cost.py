@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-LIMIT = 3  # times the yardstick
-TURNS = 6
+LIMIT = 2.5  # times the yardstick
+TURNS, MOST = 6, 20
 YARDSTICK = "import pydantic\nclass Model(pydantic.BaseModel):\n    a: int\nModel(a=1)"
 
 
@@ -20,12 +20,14 @@ YARDSTICK = "import pydantic\nclass Model(pydantic.BaseModel):\n    a: int\nMode
     "argv", [["--help"], ["plugins"], ["show", "no_cfg_mse"], ["check", "no_cfg_mse"]]
 )
 def test_cpu_time(argv):
-    turns = [
-        (_cpu_seconds(["-m", "unigrpo_core", *argv]), _cpu_seconds(["-c", YARDSTICK]))
-        for _ in range(TURNS)
-    ]
-    verb, yardstick = (min(side) for side in zip(*turns, strict=True))
-    assert verb <= LIMIT * yardstick
+    verbs, yardsticks = [], []
+    for turn in range(MOST):
+        verbs.append(_cpu_seconds(["-m", "unigrpo_core", *argv]))
+        yardsticks.append(_cpu_seconds(["-c", YARDSTICK]))
+        # Other work on the machine only ever adds: the least of many turns is the cost.
+        if turn + 1 >= TURNS and min(verbs) <= LIMIT * min(yardsticks):
+            break
+    assert min(verbs) <= LIMIT * min(yardsticks)
 
 
 def _cpu_seconds(arguments):
