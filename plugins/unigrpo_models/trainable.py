@@ -73,8 +73,8 @@ class Trainable:
             return False
         if self.trains:
             raise UserError(
-                f"{folder} holds adapters, not whole weights: set policy.lora_rank and {options} as "
-                "its run had them"
+                f"{folder} holds adapters, not whole weights: set policy.lora_rank and {options} "
+                "as its run had them"
             )
         self.adapters = Adapters.saved(self.network, folder)
         self.network.requires_grad_(False)
