@@ -359,7 +359,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(case, tmp_path):
 
     key = Key((3, "cross"))
     chosen = built.source.train(3, 0, recipe.prompts)
-    trained = built.window.steps(built.training.steps, key.child("window"))
+    trained = built.window.steps(built.training.steps, key.child("window"), 1)
     rollout = sample(
         built, chosen, Plan(recipe.episode, recipe.group.fan_out, built.training, trained), key
     )

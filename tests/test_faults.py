@@ -273,7 +273,7 @@ def test_an_expert_that_trains_nothing(stopped, expert, change, overrides):
 
 
 def test_a_reference_that_is_trained_along(stopped, monkeypatch):
-    def keep(self, name):
+    def keep(self, name, decay=None):
         self._kept[name] = {key: p.data for key, p in self._parameters.items()}
 
     monkeypatch.setattr(WeightSets, "keep", keep)

@@ -28,7 +28,7 @@ def test_brightness_is_the_mean_pixel() -> None:
     score = reward.score(batch(images, ("a", "b", "c")))
     assert score.dtype == torch.float32
     assert score.tolist() == pytest.approx([0.0, 1.0, 1 / 3])
-    assert reward.differentiable
+    assert brightness.PROVIDER.differentiable
     (gradient,) = torch.autograd.grad(score.sum(), images)
     assert torch.equal(gradient, torch.full_like(gradient, 1 / 12))
     assert reward.details(batch(images, ("a", "b", "c"))) == {}

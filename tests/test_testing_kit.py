@@ -74,7 +74,7 @@ class All(Window):
             raise ValueError("no step")
         return total
 
-    def steps(self, total, key):
+    def steps(self, total, key, rollout):
         return tuple(range(self.count(total)))
 
 def build(options):

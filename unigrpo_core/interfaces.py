@@ -25,6 +25,7 @@ from unigrpo_core.records import (
     TextSegment,
     TokenStep,
     Transition,
+    Unit,
 )
 
 if TYPE_CHECKING:
@@ -81,8 +82,10 @@ class Policy(ABC):
         Whatever no expert owns stays frozen."""
 
     @abstractmethod
-    def keep(self, name: str) -> None:
-        """Remembers the current weights under ``name`` ("reference"), replacing what was kept."""
+    def keep(self, name: str, decay: float | None = None) -> None:
+        """Remembers the current trainable weights under ``name`` ("reference", "ema"), replacing
+        what was kept; with a decay in [0, 1) as decay x kept + (1 - decay) x current, once there
+        is something kept."""
 
     @abstractmethod
     def weights(self, name: str) -> AbstractContextManager[None]:
@@ -155,7 +158,7 @@ class ImageFlowPolicy(Policy):
 
     @abstractmethod
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] of final latents [B, *], without gradient."""
+        """Images [B, 3, H, W] in [0, 1] of final latents [B, *]; the latents' gradient passes."""
 
 
 class ImageReader(Policy):
@@ -191,6 +194,7 @@ class Scheduler(ABC):
     """The time grid and the kernel of a step. Nothing else derives a mean or a std."""
 
     stochastic: ClassVar[bool]  # False: std is 0 at every noise level
+    unit: ClassVar[Unit] = "nats"  # of its log-ratios: of densities, or of squared distances alone
 
     @abstractmethod
     def times(self, steps: int, shift: float) -> Tensor:
@@ -213,8 +217,9 @@ class Window(ABC):
     """Which steps of a rollout are stochastic, and so trained."""
 
     @abstractmethod
-    def steps(self, total: int, key: Key) -> tuple[int, ...]:
-        """Rising step numbers in 0 .. total - 1; one draw per rollout."""
+    def steps(self, total: int, key: Key, rollout: int) -> tuple[int, ...]:
+        """Rising step numbers in 0 .. total - 1 of the rollout of that number, which is that of
+        its training step, from 1; one draw per rollout."""
 
     @abstractmethod
     def count(self, total: int) -> int:
@@ -257,14 +262,32 @@ class TextObjective(ABC):
 
     @abstractmethod
     def weights(self, mask: Tensor) -> Tensor:
-        """[B, L] from stored data only; the loss is sum(values * weights) / sum(weights) over the
-        whole update and all processes."""
+        """[B, L] from stored data only; the loss is sum(values * weights) / total over the whole
+        update and all processes."""
+
+    def total(self, mask: Tensor) -> Tensor:
+        """The share of these rows in the total, a scalar from stored data only: the sum of their
+        weights, or for losses that divide by a constant what that is for so many rows."""
+        return self.weights(mask).sum()
 
 
 class ImageObjective(ABC):
-    """A loss on velocities at points along (or beside) the sampled trajectories."""
+    """A loss on velocities at points along (or beside) the sampled trajectories.
 
-    needs: ClassVar[frozenset[str]]  # velocities beside the current: "old", "reference"
+    Of an objective with fresh points the step of a point leads to the data in one: t_next and the
+    noise level are 0, x_next is what was sampled, and the transition's mean the data as a velocity
+    predicts it, x_t - t v.
+    """
+
+    needs: ClassVar[frozenset[str]]
+    """What it reads beside the current velocity: those of the weights that sampled ("old"), of the
+    start ("reference"), of the moving average ("ema"), and "score", the differentiable score in the
+    points."""
+    fresh: ClassVar[bool] = False
+    """Whether its points are its own, not steps that the sampler stored: the window then plays no
+    part, and the sampler's gap is not measured there."""
+    unit: Unit | None = None
+    """The unit of its clip range, where that depends on the scheduler's."""
 
     @abstractmethod
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
@@ -272,7 +295,8 @@ class ImageObjective(ABC):
 
     @abstractmethod
     def log_ratio(self, points: Points, v: Tensor) -> Tensor:
-        """[B, K]: what the clip range bounds; 0 in exact arithmetic when v is the sampler's."""
+        """[B, K]: what the clip range bounds; 0 in exact arithmetic when v is the sampler's, by
+        which ``points.old_mean`` was reached."""
 
     @abstractmethod
     def clip_range(self, latent_elements: int) -> float:
@@ -331,13 +355,12 @@ class ScoreFunction(Protocol):
 
 
 class Reward(ABC):
-    """A score of finished episodes, for what a function does not say: further scores, a direction,
-    whether there are gradients."""
+    """A score of finished episodes, for what a function does not say: further scores, a
+    direction."""
 
     reads: ClassVar[frozenset[str]]  # of "prompt", "metadata", "thought", "image"
     range: ClassVar[tuple[float, float]]
     higher_is_better: ClassVar[bool] = True
-    differentiable: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, batch: RewardBatch) -> Tensor:

@@ -102,6 +102,7 @@ class Provider:
         kind: for regularizers, "distance" (>= 0, 0 at the anchor) or "bonus".
         reads, range: for rewards that are functions, what they read of an episode ("prompt",
             "metadata", "thought", "image"; nothing by default), and the lowest and highest score.
+        differentiable: for rewards, whether scores have a gradient to the images.
         provides: for policies, what they can do: "text", "image", and "branch:NAME" for each
             unconditional context: by convention "text" without the prompt, "image" without the
             thought and what was looked at. What the parts of a policy provide is added.
@@ -123,6 +124,7 @@ class Provider:
     kind: Literal["distance", "bonus"] = "distance"
     reads: Sequence[str] = ()
     range: tuple[float, float] | None = None
+    differentiable: bool = False
     provides: Sequence[str] = ()
     notes: Callable[[Any], Sequence[str]] | None = None
     account: Callable[[Any, Workload], Account] | None = None

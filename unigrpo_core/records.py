@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +103,10 @@ class RewardBatch:
         return len(self.prompts)
 
 
+Unit = Literal["nats", "latent^2"]
+"""What a log-ratio is counted in: log p of a density, or -(x - mean)^2 without its variance."""
+
+
 class Transition(ABC):
     """The distribution of x_next given x_t; Gaussian, a point mass where ``std`` is 0."""
 
@@ -113,6 +117,12 @@ class Transition(ABC):
     def log_ratio(self, x_next: Tensor, old_mean: Tensor) -> Tensor:
         """[B, K]: log p(x_next | mean) - log p(x_next | old_mean), mean over latent elements,
         computed without subtracting two log-probs. Requires std > 0."""
+
+    @property
+    @abstractmethod
+    def unit_shift(self) -> Tensor:
+        """As ``std``: the shift of an element's mean by which its log-ratio varies by 1, in
+        standard deviations over the noise; std itself in nats, 1 / (2 std) in latent^2."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +136,9 @@ class Points:
     x_next: Tensor  # float32 [B, K, *]
     old_mean: Tensor  # float32 [B, K, *], at sampling; the trainer's own once the gap is checked
     kernel: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Transition]
+    score: Callable[[Tensor], Tensor] | None = None
+    """For objectives that need it: the rewards of the images of latents [B, K, *], weighted and
+    summed, [B, K] with gradient."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Points:
         """The points with every tensor changed alike."""
@@ -137,6 +150,7 @@ class Points:
             x_next=change(self.x_next),
             old_mean=change(self.old_mean),
             kernel=self.kernel,
+            score=self.score,
         )
 
     def transition(self, v: Tensor) -> Transition:

@@ -80,13 +80,14 @@ class Trainable:
         self.network.requires_grad_(False)
         return True
 
-    def keep(self, name: str) -> None:
-        """Remembers what is trained, as it is now."""
-        if self._only_adapters and self.adapters is not None and self.adapters.fresh:
+    def keep(self, name: str, decay: float | None = None) -> None:
+        """Remembers what is trained, as it is now; with a decay, as a moving average of it."""
+        bare = self._only_adapters and self.adapters is not None and self.adapters.fresh
+        if bare and decay is None:
             self._bare.add(name)
         else:
             self._bare.discard(name)
-            self._sets.keep(name)
+            self._sets.keep(name, decay)
 
     def use(self, name: str) -> AbstractContextManager[None]:
         """Computes with the weights kept under ``name``, without gradient."""

@@ -19,7 +19,12 @@ class WeightSets:
         self._host = host
         self._kept: dict[str, dict[str, Tensor]] = {}
 
-    def keep(self, name: str) -> None:
+    def keep(self, name: str, decay: float | None = None) -> None:
+        if decay is not None and name in self._kept:
+            for key, parameter in self._parameters.items():
+                kept = self._kept[name][key]
+                kept.lerp_(parameter.detach().to(kept.device), 1 - decay)
+            return
         self._kept[name] = {
             key: self._put_by(p.detach().clone()) for key, p in self._parameters.items()
         }

@@ -29,7 +29,6 @@ class Brightness(Reward):
 
     reads: ClassVar[frozenset[str]] = frozenset({"image"})
     range: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    differentiable: ClassVar[bool] = True
 
     def score(self, batch: RewardBatch) -> Tensor:
         """float32 [B].
@@ -53,5 +52,6 @@ PROVIDER = Provider(
     name="brightness",
     options=BrightnessOptions,
     build=build,
+    differentiable=True,
     summary="mean pixel of the image, in [0, 1]; differentiable",
 )

@@ -89,7 +89,6 @@ class PickScore(Reward):
     """exp(logit_scale) * cosine / scale; float32, within ``range``."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"prompt", "image"})
-    differentiable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -272,6 +271,7 @@ PROVIDER = Provider(
     options=PickScoreOptions,
     build=build,
     notes=notes,
+    differentiable=True,
     summary="PickScore v1: which picture people would pick for a prompt (CLIP-H); differentiable",
     cite="Kirstain et al. 2023, arXiv 2305.01569",
 )

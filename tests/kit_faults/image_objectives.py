@@ -65,8 +65,10 @@ def overwritten(self, segment, scheduler, keys):
 
 
 image = Faults(testing.ImageObjectiveConformance, GoodImage, needs=("std",))
-image("test_needs_are_velocities", "'ema'", needs=frozenset({"ema"}))
-image("test_needs_are_velocities", "", needs=("old",))
+image("test_needs_are_given", "'decode'", needs=frozenset({"decode"}))
+image("test_needs_are_given", "", needs=("old",))
+image("test_needs_are_given", "fresh is 1", fresh=1)
+image("test_needs_are_given", "unit is 'bits'", unit="bits")
 image(
     "test_points_are_those_of_the_images",
     "3 rows of points for 4",
@@ -220,3 +222,23 @@ def unsteadily(calls: Counted) -> Callable[..., Any]:
 
 
 image("test_nothing_is_drawn_or_changed", "asked again", loss=unsteadily(Counted()))
+image("test_points_are_those_of_the_images", "does not lead to t = 0", fresh=True)
+image(
+    "test_points_are_those_of_the_images",
+    "has noise",
+    fresh=True,
+    points=image_points(t_next=torch.zeros_like),
+)
+image(
+    "test_points_are_those_of_the_images",
+    "not what was sampled",
+    fresh=True,
+    points=image_points(t_next=torch.zeros_like, noise_level=torch.zeros_like),
+)
+image(
+    "test_it_reads_what_it_needs_and_no_more",
+    'needs has "score"',
+    loss=lambda self, points, velocities, advantages, rewards: GoodImage.loss(
+        self, points, velocities, advantages, points.score(points.x_t)
+    ),
+)

@@ -89,7 +89,7 @@ def none_trainable(policy: Any) -> None:
 
 def keeps_the_first(policy: Any) -> None:
     real, kept = policy.keep, set()
-    policy.keep = lambda name: name in kept or (kept.add(name), real(name))
+    policy.keep = lambda name, decay=None: name in kept or (kept.add(name), real(name, decay))
 
 
 def in_bf16(policy: Any) -> None:
@@ -626,6 +626,21 @@ IMAGE = [
     PolicyFault("test_sizes_are_numbers", "", result("image_tokens", lambda count: 0)),
     PolicyFault(
         "test_images_are_in_range", r"\(3, 8, 12\)", result("decode", lambda images: images[:, 0])
+    ),
+    PolicyFault(
+        "test_averages_move_by_their_decay",
+        "under the average",
+        instead("keep", lambda policy, real, name, decay: real(name)),
+    ),
+    PolicyFault(
+        "test_decoding_passes_the_gradient",
+        "stops the gradient",
+        result("decode", lambda images: images.detach()),
+    ),
+    PolicyFault(
+        "test_decoding_passes_the_gradient",
+        "of another",
+        result("decode", lambda images: images * images.mean()),
     ),
     PolicyFault(
         "test_images_are_in_range",

@@ -16,7 +16,6 @@ from unigrpo_core.interfaces import Reward
 class GoodReward(Reward):
     reads: ClassVar = frozenset({"image"})
     range: ClassVar = (0.0, 1.0)
-    differentiable: ClassVar = True
 
     def score(self, batch):
         return batch.images.flatten(1).mean(1)
@@ -148,7 +147,7 @@ reward(
     "x, alone",
     details=lambda self, batch: {"x": scaled(self, batch)},
 )
-reward("test_declarations", "", differentiable=1)
+reward("test_declarations", "", facts={"differentiable": 1})
 reward(
     "test_reads_no_more_than_it_says",
     "",

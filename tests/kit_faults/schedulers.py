@@ -189,3 +189,12 @@ class InDouble(PlainTransition):
 
 scheduler("test_log_ratio_is_zero_at_the_old_mean", r"\(2,\)", transition=with_log_ratio(PerRow))
 scheduler("test_log_ratio_is_zero_at_the_old_mean", "float64", transition=with_log_ratio(InDouble))
+scheduler("test_unit_shift_is_that_of_the_unit", "unit is 'bits'", unit="bits")
+
+
+class Unscaled(PlainTransition):
+    unit_shift = property(lambda self: 2 * self.std)
+
+
+scheduler("test_unit_shift_is_that_of_the_unit", "", transition=with_log_ratio(Unscaled))
+scheduler("test_log_ratio_is_that_of_the_density", "", unit="latent^2")

@@ -138,3 +138,13 @@ def unsteadily(calls: Counted) -> Callable[..., Any]:
 
 
 text("test_nothing_is_drawn_or_changed", "asked again", loss=unsteadily(Counted()))
+text(
+    "test_total_is_the_sum_over_rows",
+    "",
+    total=lambda self, mask: torch.tensor(float(mask.numel())),
+)
+text(
+    "test_total_is_the_sum_over_rows",
+    "expected a scalar",
+    total=lambda self, mask: mask.float().sum(1),
+)

@@ -18,18 +18,18 @@ class GoodWindow(Window):
             raise ValueError(f"{self.size} steps do not fit into {total}")
         return self.size
 
-    def steps(self, total, key):
+    def steps(self, total, key, rollout):
         begin = key.integer(total - self.count(total) + 1)
         return tuple(range(begin, begin + self.size))
 
 
 def steps(change: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, total, key: change(GoodWindow.steps(self, total, key))
+    return lambda self, total, key, rollout: change(GoodWindow.steps(self, total, key, rollout))
 
 
-def once_more(self: Any, total: int, key: Any) -> Any:
+def once_more(self: Any, total: int, key: Any, rollout: int) -> Any:
     self.calls = getattr(self, "calls", 0) + 1
-    return GoodWindow.steps(self, total, key.child(self.calls))
+    return GoodWindow.steps(self, total, key.child(self.calls), rollout)
 
 
 class Numbered(GoodWindow):
@@ -40,8 +40,8 @@ class Numbered(GoodWindow):
     def __init__(self):
         self.number = self.built()
 
-    def steps(self, total, key):
-        return super().steps(total, key.child(self.number))
+    def steps(self, total, key, rollout):
+        return super().steps(total, key.child(self.number), rollout)
 
 
 window = Faults(testing.WindowConformance, GoodWindow)
@@ -57,6 +57,6 @@ window("test_what_does_not_fit_is_refused", "DID NOT RAISE", count=lambda self, 
 window(
     "test_what_does_not_fit_is_refused",
     "DID NOT RAISE",
-    steps=lambda self, total, key: tuple(range(min(total, self.size))),
+    steps=lambda self, total, key, rollout: tuple(range(min(total, self.size))),
 )
 window("test_the_key_decides", "", build=Numbered)

@@ -33,7 +33,7 @@ def gather(setup: Setup, step: int, clock: Clock) -> Experience:
     prompts = training_prompts(setup, step)
     trained: tuple[int, ...] = ()
     if setup.window is not None and setup.training is not None:
-        trained = setup.window.steps(setup.training.steps, key.child("window"))
+        trained = setup.window.steps(setup.training.steps, key.child("window"), step)
     plan = Plan(recipe.episode, recipe.group.fan_out, setup.training, trained)
     rollout = sample(setup, prompts, plan, key.child("episode"), clock)
     check_finite(rollout)

@@ -76,8 +76,8 @@ def _windows(recipe: Recipe) -> tuple[tuple[int, ...], ...]:
     if slot is None or steps is None:
         return ((),) * len(rollouts)
     window: Window = slot.build()
-    keys = (Key((recipe.seed, "train", step)).child("window") for step in rollouts)
-    return tuple(window.steps(steps.steps, key) for key in keys)
+    keys = {step: Key((recipe.seed, "train", step)).child("window") for step in rollouts}
+    return tuple(window.steps(steps.steps, key, step) for step, key in keys.items())
 
 
 def _guided(recipe: Recipe, guidance: Guidance | None, own: float) -> tuple[bool, ...]:

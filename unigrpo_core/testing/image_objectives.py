@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from unigrpo_core.interfaces import ImageObjective, Scheduler
 from unigrpo_core.recipe.schema import ImageObjectiveSlot
-from unigrpo_core.records import ImageSegment, Points
+from unigrpo_core.records import ImageSegment, Points, Unit
 from unigrpo_core.testing.base import LightConformance
 from unigrpo_core.testing.samples import (
     PlainScheduler,
@@ -24,7 +25,8 @@ from unigrpo_core.testing.samples import (
 )
 from unigrpo_core.testing.watch import Reads, no_global_draws, unchanged
 
-TENSORS = tuple(item.name for item in fields(Points) if item.name != "kernel")
+TENSORS = tuple(item.name for item in fields(Points) if item.name not in ("kernel", "score"))
+VELOCITIES = frozenset({"old", "reference", "ema"})
 
 
 class ImageObjectiveConformance(LightConformance):
@@ -40,15 +42,24 @@ class ImageObjectiveConformance(LightConformance):
     def segment(self) -> ImageSegment:
         return image_segment(self.scheduler())
 
-    def points(self, objective: ImageObjective) -> tuple[Points, Tensor]:
-        """The objective's points, and the sampler's velocities there."""
-        points = objective.points(self.segment(), self.scheduler(), keys(4))
-        return points, field(points.x_t, points.t)
+    def points(
+        self, objective: ImageObjective, segment: ImageSegment | None = None
+    ) -> tuple[Points, Tensor]:
+        """The objective's points of a segment, and the sampler's velocities there; at fresh ones
+        the old means are theirs, as the trainer sets them."""
+        segment = self.segment() if segment is None else segment
+        drawn = objective.points(segment, self.scheduler(), keys(len(segment.latents)))
+        v = field(drawn.x_t, drawn.t)
+        points = replace(drawn, score=lambda latents: latents.tanh().flatten(2).mean(2))
+        return (
+            replace(points, old_mean=points.transition(v).mean) if objective.fresh else points
+        ), v
 
     def asked(self, objective: ImageObjective, points: Points, v: Tensor) -> dict[str, Tensor]:
         """The velocities that the objective is given: the current, and those that it needs."""
         others = {
-            name: v.detach() + 0.01 * normal(name, *v.shape).to(v.dtype) for name in objective.needs
+            name: v.detach() + 0.01 * normal(name, *v.shape).to(v.dtype)
+            for name in objective.needs & VELOCITIES
         }
         return {"current": v, **others}
 
@@ -64,14 +75,18 @@ class ImageObjectiveConformance(LightConformance):
 
     # --- points -------------------------------------------------------------------------------
 
-    def test_needs_are_velocities(self, component: ImageObjective) -> None:
-        """``needs`` is a frozenset of "old" and "reference"."""
+    def test_needs_are_given(self, component: ImageObjective) -> None:
+        """``needs`` is a frozenset of "old", "reference", "ema" and "score"; ``fresh`` is a bool,
+        ``unit`` a unit of log-ratios or None."""
         assert isinstance(component.needs, frozenset), f"{component.needs!r}"
-        unknown = component.needs - {"old", "reference"}
+        unknown = component.needs - VELOCITIES - {"score"}
         assert not unknown, f"needs {sorted(unknown)}, which nobody computes"
+        assert isinstance(component.fresh, bool), f"fresh is {component.fresh!r}"
+        assert component.unit in (None, *get_args(Unit)), f"unit is {component.unit!r}"
 
     def test_points_are_those_of_the_images(self, component: ImageObjective) -> None:
-        """Finite float32 [E, K, *] and [E, K], with times that fall and a transition at each."""
+        """Finite float32 [E, K, *] and [E, K], with times that fall and a transition at each;
+        fresh ones step to t = 0 without noise, and end at what was sampled."""
         points, v = self.points(component)
         rows, count = points.t.shape
         assert rows == 4, f"{rows} rows of points for 4 images"
@@ -85,6 +100,11 @@ class ImageObjectiveConformance(LightConformance):
             assert torch.isfinite(value).all(), f"{name}: not finite"
         assert (points.t_next < points.t).all(), "a step does not go towards the data"
         assert points.transition(v).mean.shape == v.shape
+        if component.fresh:
+            assert not points.t_next.any(), "a fresh step does not lead to t = 0"
+            assert not points.noise_level.any(), "a fresh step has noise"
+            data = self.segment().latents[:, None].expand_as(points.x_next)
+            assert torch.equal(points.x_next, data), "x_next is not what was sampled"
 
     def test_points_follow_their_keys(self, component: ImageObjective) -> None:
         """The points of an image depend on it and its key alone, and on no global draw."""
@@ -104,9 +124,8 @@ class ImageObjectiveConformance(LightConformance):
         assert needs <= {"std"}, f"the provider needs {sorted(needs)}; it may need std"
         if needs:
             pytest.skip("it needs a std above 0, and says so")
-        segment = image_segment(self.scheduler(), noise_level=0.0)
-        points = component.points(segment, self.scheduler(), keys(4))
-        values, _ = self.loss(component, points, field(points.x_t, points.t))
+        points, v = self.points(component, image_segment(self.scheduler(), noise_level=0.0))
+        values, _ = self.loss(component, points, v)
         assert torch.isfinite(values).all(), 'where std is 0: not finite; say needs = ("std",)'
 
     # --- log-ratios and the clip --------------------------------------------------------------
@@ -152,6 +171,8 @@ class ImageObjectiveConformance(LightConformance):
         if math.isinf(clip):
             assert torch.isinf(radius).all(), "no clipping, and a finite trust radius"
             return
+        if component.fresh:
+            pytest.skip("no sampler's noise moves the log-ratio at fresh points")
         rows = 400
         segment = image_segment(self.scheduler(), rows=rows, dtype=torch.float64)
         many = component.points(segment, self.scheduler(), keys(rows))
@@ -181,9 +202,18 @@ class ImageObjectiveConformance(LightConformance):
         """Of the velocities it reads the current and exactly those that ``needs`` names."""
         points, v = self.points(component)
         reads, given = Reads(self.asked(component, points, v)), self.advantages(points)
-        component.loss(points, reads, given, given)
+        scored: list[Tensor] = []
+        score = points.score
+        assert score is not None
+
+        def counted(latents: Tensor) -> Tensor:
+            scored.append(latents)
+            return score(latents)
+
+        component.loss(replace(points, score=counted), reads, given, given)
         assert "current" in reads.read, "it never reads the current velocity"
-        idle = component.needs - reads.read
+        assert bool(scored) <= ("score" in component.needs), 'it scores: say so, needs has "score"'
+        idle = component.needs - reads.read - ({"score"} if scored else set())
         assert not idle, f"needs {sorted(idle)}, which it never reads"
 
     def test_points_are_independent(self, component: ImageObjective) -> None:

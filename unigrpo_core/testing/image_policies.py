@@ -34,7 +34,7 @@ class ImageFlowPolicyConformance(PolicyConformance):
             component.latent_shape((0, 0))
 
     def test_images_are_in_range(self, component: ImageFlowPolicy) -> None:
-        """``decode`` gives float32 [B, 3, H, W] in [0, 1] without gradient, each row's its own,
+        """``decode`` gives float32 [B, 3, H, W] in [0, 1] each row's its own,
         also of latents that are too large."""
         latents = 3 * normal("latents", 3, *component.latent_shape(self.size))
         images = component.decode(latents, self.size)
@@ -45,6 +45,16 @@ class ImageFlowPolicyConformance(PolicyConformance):
         for row in range(3):
             alone = component.decode(latents[row : row + 1], self.size)[0]
             self.close(alone, images[row], f"image {row} alone:")
+
+    def test_decoding_passes_the_gradient(self, component: ImageFlowPolicy) -> None:
+        """The latents' gradient passes ``decode``, finite, each row's to its own."""
+        latents = 0.3 * normal("latents", 2, *component.latent_shape(self.size))
+        images = component.decode(latents.requires_grad_(), self.size)
+        assert images.requires_grad, "decoding stops the gradient"
+        (gradient,) = torch.autograd.grad(images[0].sum(), latents)
+        assert torch.isfinite(gradient).all(), "the gradient is not finite"
+        assert gradient[0].any(), "the gradient is 0 everywhere"
+        assert not gradient[1].any(), "an image's gradient reaches the latents of another"
 
     # --- velocities ---------------------------------------------------------------------------
 

@@ -267,6 +267,31 @@ class PolicyConformance(Conformance):
         with component.weights("reference"):
             assert equal(self.replay(component, context), second), "it kept the first weights"
 
+    def test_averages_move_by_their_decay(self, component: Policy) -> None:
+        """``keep`` with a decay keeps decay x kept + (1 - decay) x current: a copy at first."""
+        context = self.context(component)
+        first = copies(component)
+        component.keep("ema", 0.5)
+        shake(component)
+        second = copies(component)
+        component.keep("ema", 0.75)
+        shake(component)
+        owned = {
+            name: parameter
+            for expert in component.parameters().values()
+            for name, parameter in expert.items()
+            if parameter.requires_grad
+        }
+        for name, parameter in owned.items():
+            parameter.data = first[name].lerp(second[name], 0.25)
+        with torch.no_grad():
+            mean = self.replay(component, context)
+        for name, parameter in owned.items():
+            parameter.data = second[name].clone()
+        with component.weights("ema"):
+            found = self.replay(component, context)
+        assert equal(found, mean), "under the average it does not compute what the average does"
+
     def test_saved_weights_load(
         self, component: Policy, given: Mapping[str, Any], tmp_path: Path
     ) -> None:

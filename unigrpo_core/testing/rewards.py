@@ -75,7 +75,7 @@ class RewardConformance(Conformance):
         low, high = component.range
         assert low < high, f"range ({low}, {high}) holds nothing"
         assert isinstance(component.higher_is_better, bool)
-        assert isinstance(component.differentiable, bool)
+        assert isinstance(self.found().differentiable, bool)
 
     # --- scores -------------------------------------------------------------------------------
 
@@ -152,8 +152,8 @@ class RewardConformance(Conformance):
     # --- gradients ----------------------------------------------------------------------------
 
     def test_gradient_is_as_declared(self, component: Reward) -> None:
-        """If ``differentiable`` a finite gradient reaches the images, each score's its own."""
-        if not component.differentiable:
+        """If the provider says ``differentiable`` a finite gradient reaches the images, each score's its own."""
+        if not self.found().differentiable:
             pytest.skip("it does not say that it is differentiable")
         batch = self.batch()
         assert batch.images is not None

@@ -54,6 +54,10 @@ class PlainTransition(Transition):
         terms = delta * (2 * (x_next - old_mean) - delta) / (2 * self.std.square())
         return terms.flatten(2).mean(2)
 
+    @property
+    def unit_shift(self) -> Tensor:
+        return self.std
+
 
 class PlainScheduler(Scheduler):
     """Euler steps with noise added: mean = x + v dt, std = noise level * sqrt(-dt). It keeps no

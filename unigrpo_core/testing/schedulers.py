@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unigrpo_core.interfaces import Scheduler
 from unigrpo_core.recipe.schema import SchedulerSlot
-from unigrpo_core.records import Transition
+from unigrpo_core.records import Transition, Unit
 from unigrpo_core.testing.base import LightConformance
 from unigrpo_core.testing.samples import AXES, normal, wide
 from unigrpo_core.testing.watch import no_global_draws, unchanged
@@ -171,8 +171,9 @@ class SchedulerConformance(LightConformance):
         torch.testing.assert_close(there, -back, atol=1e-6, rtol=1e-5)
 
     def test_log_ratio_is_that_of_the_density(self, component: Scheduler) -> None:
-        """The mean over elements of the two Gaussian log-densities' difference, to more digits
-        than float32 log-densities would leave of it."""
+        """The mean over elements of the two Gaussian log-densities' difference (of the squared
+        distances', if ``unit`` says so), to more digits than float32 log-densities would leave of
+        it."""
         self.stochastic(component)
         shape = (1, 7, 64, 64)
         v, x_t = normal("v", *shape), normal("x_t", *shape)
@@ -181,6 +182,15 @@ class SchedulerConformance(LightConformance):
         new = component.transition(v + 1e-3 * normal("drift", *shape), x_t, *points)
         x_next = old.mean + old.std * normal("noise", *shape)
         gap = [(x_next.double() - step.mean.double()).square() for step in (old, new)]
-        exact = ((gap[0] - gap[1]) / (2 * new.std.double().square())).flatten(2).mean(2)
+        scale = 2 * new.std.double().square() if component.unit == "nats" else 1.0
+        exact = ((gap[0] - gap[1]) / scale).flatten(2).mean(2)
         found = new.log_ratio(x_next, old.mean)
         torch.testing.assert_close(found.double(), exact, atol=2e-9, rtol=1e-4)
+
+    def test_unit_shift_is_that_of_the_unit(self, component: Scheduler) -> None:
+        """``unit`` is "nats" or "latent^2", and ``unit_shift`` std or 1 / (2 std)."""
+        self.stochastic(component)
+        assert component.unit in get_args(Unit), f"unit is {component.unit!r}"
+        step = self.transition(component)
+        exact = step.std if component.unit == "nats" else 1 / (2 * step.std)
+        torch.testing.assert_close(step.unit_shift, exact, atol=0, rtol=1e-6)

@@ -109,3 +109,16 @@ class TextObjectiveConformance(Conformance):
         for row, length in enumerate(mask.sum(1).tolist()):
             alone = component.weights(mask[row : row + 1, :length])
             torch.testing.assert_close(alone, together[row : row + 1, :length], atol=0, rtol=1e-6)
+
+    def test_total_is_the_sum_over_rows(self, component: TextObjective) -> None:
+        """A float32 scalar above 0, without gradient: the sum of what each row alone has, with its
+        padding or without."""
+        mask = token_mask()
+        total = component.total(mask)
+        assert total.shape == (), f"{tuple(total.shape)}, expected a scalar"
+        assert total.dtype == torch.float32, f"{total.dtype}"
+        assert not total.requires_grad, "the total carries gradient"
+        assert total > 0, f"the total is {total.item()}"
+        lengths = mask.sum(1).tolist()
+        alone = [component.total(mask[row : row + 1, :n]) for row, n in enumerate(lengths)]
+        torch.testing.assert_close(torch.stack(alone).sum(), total, atol=0, rtol=1e-6)

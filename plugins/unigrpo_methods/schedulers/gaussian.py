@@ -37,3 +37,7 @@ class GaussianTransition(Transition):
         delta = self.mean - old_mean
         terms = delta * (2 * (x_next - old_mean) - delta) / (2 * self.std.square())
         return terms.flatten(2).mean(2)
+
+    @property
+    def unit_shift(self) -> Tensor:
+        return self.std

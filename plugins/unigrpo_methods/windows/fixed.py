@@ -44,7 +44,7 @@ class Fixed(Window):
 
     options: FixedOptions
 
-    def steps(self, total: int, key: Key) -> tuple[int, ...]:
+    def steps(self, total: int, key: Key, rollout: int) -> tuple[int, ...]:
         self.count(total)
         return self.options.steps
 

@@ -50,7 +50,7 @@ class Random(Window):
 
     options: RandomOptions
 
-    def steps(self, total: int, key: Key) -> tuple[int, ...]:
+    def steps(self, total: int, key: Key, rollout: int) -> tuple[int, ...]:
         size = self.count(total)
         low, high = self.options.range
         begin = low + key.integer(high - low - size + 1)

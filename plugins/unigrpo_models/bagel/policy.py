@@ -76,8 +76,8 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
     def parameters(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         return self._weights.parameters(self._root)
 
-    def keep(self, name: str) -> None:
-        self._weights.keep(name)
+    def keep(self, name: str, decay: float | None = None) -> None:
+        self._weights.keep(name, decay)
 
     def weights(self, name: str) -> AbstractContextManager[None]:
         return self._weights.use(name)
@@ -213,7 +213,6 @@ class BagelPolicy(TextPolicy, ImageFlowPolicy, ImageReader):
                 positions=history.positions,
             )
 
-    @torch.no_grad()
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         grid = unpatchify(self.network.config.latent, latents)
         image = grid if self.autoencoder is None else self.autoencoder.decode(grid)

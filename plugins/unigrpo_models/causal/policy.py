@@ -49,8 +49,8 @@ class CausalPolicy(TextPolicy):
     def parameters(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         return {"text": self._weights.parameters(self._root)["text"]}
 
-    def keep(self, name: str) -> None:
-        self._weights.keep(name)
+    def keep(self, name: str, decay: float | None = None) -> None:
+        self._weights.keep(name, decay)
 
     def weights(self, name: str) -> AbstractContextManager[None]:
         return self._weights.use(name)

@@ -110,9 +110,9 @@ class ComposedPolicy(TextPolicy, ImageFlowPolicy):
     def _parts(self) -> tuple[tuple[str, TextPolicy | ImageFlowPolicy], ...]:
         return (("text", self.text), ("image", self.image))
 
-    def keep(self, name: str) -> None:
+    def keep(self, name: str, decay: float | None = None) -> None:
         for _, part in self._parts:
-            part.keep(name)
+            part.keep(name, decay)
 
     def weights(self, name: str) -> AbstractContextManager[None]:
         return self._kept(name)

@@ -155,7 +155,6 @@ def vae_stride(autoencoder: Any) -> int:
     return int(2 ** (len(stages) - 1))
 
 
-@torch.no_grad()
 def decode_images(autoencoder: Any, latents: Tensor) -> Tensor:
     """float32 [B, 3, H, W] in [0, 1] of latents [B, C, h, w] by an autoencoder that takes
     latents / scaling_factor + shift_factor and gives [-1, 1]. A megapixel at a time, since a

@@ -117,8 +117,8 @@ class PainterPolicy(ImageFlowPolicy):
     def parameters(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         return self._weights.parameters(self._root)
 
-    def keep(self, name: str) -> None:
-        self._weights.keep(name)
+    def keep(self, name: str, decay: float | None = None) -> None:
+        self._weights.keep(name, decay)
 
     def weights(self, name: str) -> AbstractContextManager[None]:
         return self._weights.use(name)
