@@ -152,7 +152,8 @@ class RewardConformance(Conformance):
     # --- gradients ----------------------------------------------------------------------------
 
     def test_gradient_is_as_declared(self, component: Reward) -> None:
-        """If the provider says ``differentiable`` a finite gradient reaches the images, each score's its own."""
+        """If the provider says ``differentiable`` a finite gradient reaches the images, each
+        score's its own."""
         if not self.found().differentiable:
             pytest.skip("it does not say that it is differentiable")
         batch = self.batch()
