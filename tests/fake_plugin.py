@@ -66,8 +66,12 @@ def window(options: WindowOptions) -> interfaces.Window:
     return concrete(interfaces.Window, count=count)()
 
 
-def scheduler(stochastic: bool):
-    return lambda options: concrete(interfaces.Scheduler, stochastic=stochastic)()
+def scheduler(stochastic: bool, **facts: object):
+    return lambda options: concrete(interfaces.Scheduler, stochastic=stochastic, **facts)()
+
+
+def objective(needs: frozenset[str] = frozenset(), **facts: object):
+    return lambda options: concrete(interfaces.ImageObjective, needs=needs, **facts)()
 
 
 def guidance(*branches: str):
@@ -104,6 +108,7 @@ def unigrpo_prompts():
 def unigrpo_rewards():
     yield Provider("exact", never, RewardOptions, cite="Doe 2025, eq. 3")
     yield Provider("other", never)
+    yield Provider("smooth", never, differentiable=True)
 
 
 @hookimpl
@@ -118,14 +123,19 @@ def unigrpo_text_objectives():
 
 @hookimpl
 def unigrpo_image_objectives():
-    yield Provider("flow_grpo", never, ObjectiveOptions, needs=("std",))
-    yield Provider("forward", never)
+    yield Provider("flow_grpo", objective(), ObjectiveOptions, needs=("std",))
+    yield Provider("forward", objective(fresh=True))
+    yield Provider("plain", objective())
+    yield Provider("by_score", objective(needs=frozenset({"score"})))
+    yield Provider("by_average", objective(needs=frozenset({"ema"})))
+    yield Provider("in_nats", objective(unit="nats"))
 
 
 @hookimpl
 def unigrpo_schedulers():
     yield Provider("sde", scheduler(True))
     yield Provider("ode", scheduler(False))
+    yield Provider("squares", scheduler(True, unit="latent^2"))
 
 
 @hookimpl

@@ -34,6 +34,10 @@ DRAW = ('episode=["draw"]', 'train=["image"]', "group.fan_out=[12]")
         ('train=["text"]', "image.scheduler.noise_level=0"),
         ('train=["text"]', "image.scheduler={use='ode', steps=8}"),
         ("image.objective.use=forward", "image.scheduler={use='ode', steps=8}"),
+        ("image.objective.use=by_score", "rewards=[{use='smooth'}, {use='other', weight=0}]"),
+        ("image.objective.use=by_average", "ema.decay=0.9"),
+        ("image.objective.use=in_nats",),
+        ("updates.turns={text=2, image=1}",),
         ("train=[]", "steps=0"),
         ("updates={count=5, data='repeat'}",),
         ("updates.count=4",),
@@ -129,12 +133,47 @@ def test_what_is_right(broken, overrides):
         ),
         (
             (
-                "image.objective.use=forward",
+                "image.objective.use=plain",
                 "image.scheduler.noise_level=0",
                 "image.regularizers=[{use='mse', weight=1}, {use='kl', weight=1}]",
             ),
             "image.regularizers.1",
             "'kl' divides by the std of a step, and under image.scheduler 'sde' nothing",
+        ),
+        (
+            ("image.objective.use=forward", "image.regularizers=[{use='kl', weight=1}]"),
+            "image.regularizers.0",
+            "'kl' divides by the std of a step, and the points of image.objective 'forward' are",
+        ),
+        (
+            ("image.objective.use=by_score", "rewards=[{use='smooth'}, {use='other'}]"),
+            "rewards.1",
+            "'other' is not differentiable, and image.objective 'by_score' goes down its gradient",
+        ),
+        (
+            ("image.objective.use=by_average",),
+            "image.objective",
+            "'by_average' needs it, but there is no moving average of the weights: set ema.decay",
+        ),
+        (
+            ("image.regularizers=[{use='mse', weight=1, anchor='ema'}]",),
+            "image.regularizers.0.anchor",
+            "there is no moving average of the weights: set ema.decay",
+        ),
+        (("ema.sample=true",), "ema.sample", "there is no moving average of the weights"),
+        (
+            (
+                "image.objective.use=in_nats",
+                "image.scheduler={use='squares', steps=8, noise_level=0.8}",
+            ),
+            "image.objective",
+            "the clip range of 'in_nats' is in nats, and log-ratios of image.scheduler 'squares'"
+            " are in latent^2: set clip_unit",
+        ),
+        (
+            ("updates.turns={text=1, image=1}", 'train=["text"]'),
+            "updates.turns",
+            "takes two experts in turn, and train = ['text']",
         ),
         (
             ("text.regularizers=[{use='mse', weight=1}]",),

@@ -284,14 +284,18 @@ class ImageObjective(ABC):
     start ("reference"), of the moving average ("ema"), and "score", the differentiable score in the
     points."""
     fresh: ClassVar[bool] = False
-    """Whether its points are its own, not steps that the sampler stored: the window then plays no
-    part, and the sampler's gap is not measured there."""
+    """Whether its points are its own, not steps that the sampler stored: the window then chooses no
+    points, and the sampler's gap is not measured there."""
     unit: Unit | None = None
     """The unit of its clip range, where that depends on the scheduler's."""
 
     @abstractmethod
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
         """The points [E, K] to train on; ``keys``, one per row, for objectives that draw."""
+
+    def count(self, stored: int) -> int:
+        """K, how many points an image has of which the window chose ``stored`` steps."""
+        return stored
 
     @abstractmethod
     def log_ratio(self, points: Points, v: Tensor) -> Tensor:

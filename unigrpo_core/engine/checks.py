@@ -37,6 +37,9 @@ def check_prompts(setup: Setup) -> list[str]:
     fewer = len(prompts) if len(prompts) < wanted else None
     for step in range(1, 1 + min(recipe.steps, -(-LOOKED_AT // recipe.prompts))):
         prompts += training_prompts(setup, step)
+        if recipe.group.equal == "resample":
+            for further in range(1, recipe.group.resample_rounds + 1):
+                prompts += training_prompts(setup, step, further)
     different = {prompt.text: prompt for prompt in reversed(prompts)}
     thinks = any(
         "think" in episode for episode in (recipe.episode, *(view.episode for view in setup.views))
@@ -62,14 +65,18 @@ def check_prompts(setup: Setup) -> list[str]:
     return [f"{recipe.source.who} holds {only} out, and evaluation.{key} asks for {wanted}"]
 
 
-def training_prompts(setup: Setup, step: int) -> tuple[Prompt, ...]:
-    """The prompts of a step's rollout.
+def training_prompts(setup: Setup, step: int, further: int = 0) -> tuple[Prompt, ...]:
+    """The prompts of a step's rollout, or of its further rollout of that number, from 1: those come
+    from beyond the prompts of all steps.
 
     Raises:
         PluginError: the source fails, or gave another number than it was asked for.
     """
     recipe = setup.recipe
-    start = (step - 1) * recipe.prompts
+    number = step - 1
+    if further:
+        number = recipe.steps + (step - 1) * recipe.group.resample_rounds + further - 1
+    start = number * recipe.prompts
     prompts = _asked(setup, lambda s: s.train(recipe.seed, start, recipe.prompts))
     twice = [ident for ident, count in Counter(p.id for p in prompts).items() if count > 1]
     if twice:

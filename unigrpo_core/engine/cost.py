@@ -26,6 +26,12 @@ class Cost:
             self.tokens + int(metrics.get("tokens", 0)),
         )
 
+    def spent(self, budget: str) -> bool:
+        """Whether a budget of "cpu:SECONDSs" or "wall:SECONDSs" is used up; never without one."""
+        clock, _, seconds = budget.partition(":")
+        used = self.train_wall_s if clock == "wall" else self.train_cpu_s
+        return bool(budget) and used >= float(seconds.removesuffix("s"))
+
     def rounded(self) -> dict[str, float]:
         return {name: round(value, 2) for name, value in asdict(self).items()}
 

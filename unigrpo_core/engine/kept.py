@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ class Velocity:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """Kept values of every context: of the trainer before the first update, or of an anchor."""
+    """Kept values of every context: of the weights that sampled, or of an anchor."""
 
     logps: Tensor  # float32 [B, L]
     guided: Tensor | None  # float32 [B, K, *], after guidance
@@ -46,12 +47,10 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The values that losses compare with."""
+    """The values that losses compare with: of the weights that sampled, and of anchors by name."""
 
     old: Values
-    reference: Values | None
+    anchors: Mapping[str, Values]
 
     def anchor(self, name: str) -> Values:
-        kept = self.old if name == "old" else self.reference
-        assert kept is not None
-        return kept
+        return self.old if name == "old" else self.anchors[name]

@@ -53,6 +53,7 @@ class Run:
         self.history: list[tuple[int, dict[str, float]]] = []
         self.shown: dict[int, list[Card]] = {}
         self.step = 0  # the last one that was measured
+        self.ended = self.recipe.steps == 0
         self.cost = Cost()
         self.earlier = earlier_run(self.recipe.start)
 
@@ -91,21 +92,25 @@ class Run:
             self.step = step
             log({**metrics, **_prefixed("time", timing)}, step=step)
             self.reporter.stepped(step, metrics, timing)
-            if step == recipe.steps or (every and step % every == 0):
+            self.ended = step == recipe.steps or self.cost.spent(recipe.budget)
+            if self.ended or (every and step % every == 0):
                 self._evaluate(step, log)
+            if self.ended:
+                break
 
     def _step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
         setup, recipe = self.setup, self.recipe
         clock, start, wall = Clock(setup.device), time.process_time(), time.perf_counter()
         before = self.updater.calls
         found = gather(setup, step, clock)
-        rollout, scores = found.rollout, found.scores
+        rollout, scores = found.sampled.rollout, found.sampled.scores
         with clock.phase("update"):
             metrics = self.updater(found.data)
         metrics = {
             "reward": float(scores.total.double().mean()),
             "reward_std": float(scores.total.view(len(rollout.prompts), -1).double().std(1).mean()),
             **equal_groups(recipe, rollout, scores),
+            **found.counts,
             **{
                 f"reward/{name}": float(values.double().mean())
                 for name, values in zip(scores.names, scores.values.T, strict=True)
@@ -120,7 +125,7 @@ class Run:
 
     def _evaluate(self, step: int, log: Log) -> None:
         recipe = self.recipe
-        edge = step in (0, recipe.steps)
+        edge = self.ended or step == 0
         options = recipe.evaluation
         count = options.final_prompts if edge else options.prompts
         main, *others = self.setup.views
@@ -142,7 +147,7 @@ class Run:
         title = f"{self.resolved.name}: held-out prompts"
         folder = self.folder.path / "sheets"
         write_sheet(folder / f"step-{step:05d}.png", title, [(f"step {step}", self.shown[step])])
-        if step == self.recipe.steps and step:
+        if self.ended and step:
             steps = sorted(self.shown)
             middle = [steps[len(steps) // 2]] if len(steps) > 2 else []
             chosen = [0, *middle, step]
@@ -155,7 +160,7 @@ class Run:
             "recipe": self.resolved.name,
             "hash": self.resolved.hash,
             "seed": self.recipe.seed,
-            "steps": self.recipe.steps,
+            "steps": self.step,
             "before": before,
             "after": after,
             "gain": {name: after[name] - before[name] for name in before if name in after},

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from unigrpo_core.engine.kept import Kept, Velocity
+from unigrpo_core.engine.scoring import graded
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.engine.trainset import MicroBatch, TrainSet
 from unigrpo_core.records import FlowStep, Points, TokenStep
@@ -46,7 +48,7 @@ class Losses:
         data = self.data
         text, image = self.setup.text_objective, self.setup.image_objective
         zero = torch.zeros((), device=data.mask.device)
-        text_total = zero if text is None else text.weights(data.mask[rows]).sum()
+        text_total = zero if text is None else text.total(data.mask[rows])
         image_total = zero
         if image is not None and data.points is not None:
             image_total = image.weights(torch.ones_like(data.points.t[rows]).bool()).sum()
@@ -81,14 +83,17 @@ class Losses:
         assert kept.old.guided is not None
         old_v = kept.old.guided[rows, columns]
         points = replace(points, old_mean=points.transition(old_v).mean)
+        if "score" in setup.image_objective.needs:
+            points = replace(points, score=partial(graded, setup, data.told(batch)))
         velocities = {"current": v.guided, "old": old_v}
-        if kept.reference is not None and kept.reference.guided is not None:
-            velocities["reference"] = kept.reference.guided[rows, columns]
-        values, metrics = setup.image_objective.loss(
+        for name, values in kept.anchors.items():
+            if values.guided is not None:
+                velocities[name] = values.guided[rows, columns]
+        losses, metrics = setup.image_objective.loss(
             points, velocities, data.image_advantages[rows, columns], data.rewards[rows, columns]
         )
         weights = setup.image_objective.weights(torch.ones_like(points.t).bool()) / self.image_total
-        term = (values * weights).sum()
+        term = (losses * weights).sum()
         sums.add("image/loss", term)
         for name, value in metrics.items():
             sums.add(f"image/{name}", (value * weights).sum())

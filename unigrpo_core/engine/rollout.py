@@ -53,7 +53,7 @@ def sample(
     for width in plan.fan_out:
         parents.append(torch.arange(count).repeat_interleave(width))
         count *= width
-    segments = tuple(_join(parts) for parts in sampler.found)
+    segments = tuple(join(parts) for parts in sampler.found)
     return Rollout(tuple(prompts), segments, tuple(parents))
 
 
@@ -214,7 +214,15 @@ class _Guide:
         return self.guidance.combine(v[:, None], others, t)[:, 0]
 
 
-def _join(parts: Sequence[Segment]) -> Segment:
+def rows_of(segment: Segment, rows: Tensor) -> Segment:
+    """The rows (int64 [E'] on the CPU) of a segment."""
+    if isinstance(segment, TextSegment):
+        return segment.rows(rows)
+    rows = rows.to(segment.x_t.device)
+    return ImageSegment(**{f.name: getattr(segment, f.name)[rows] for f in fields(segment)})
+
+
+def join(parts: Sequence[Segment]) -> Segment:
     """One segment of several chunks of rows, texts padded to the longest."""
     first = parts[0]
     if isinstance(first, ImageSegment):

@@ -15,9 +15,11 @@ from unigrpo_core.errors import PluginError
 from unigrpo_core.loading import said
 from unigrpo_core.recipe import Recipe
 from unigrpo_core.recipe.schema import EXPERT_OF
-from unigrpo_core.records import ImageSegment, RewardBatch, Rollout, TextSegment
+from unigrpo_core.records import ImageSegment, Prompt, RewardBatch, Rollout, TextSegment
 
 T = TypeVar("T")
+
+EQUAL = 1e-8  # total rewards that are nearer than this are the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,39 @@ def score(rewards: tuple[NamedReward, ...], batch: RewardBatch, *, details: bool
         [item.weight if item.reward.higher_is_better else -item.weight for item in rewards]
     )
     return Scores(tuple(item.name for item in rewards), torch.stack(columns, 1), weights, further)
+
+
+def graded(
+    setup: Setup, told: tuple[tuple[Prompt, ...], tuple[str, ...] | None], latents: Tensor
+) -> Tensor:
+    """float32 [B, K] with gradient: the weighted sum of the rewards of the images of latents
+    [B, K, *], whose rows have the prompts and thoughts ``told``.
+
+    Raises:
+        PluginError: a reward fails, or has no gradient though its provider says so.
+    """
+    rows, columns = latents.shape[:2]
+    images = setup.image_policy.decode(latents.flatten(0, 1), setup.recipe.image.size)
+    prompts, thoughts = told
+    batch = RewardBatch(
+        prompts=tuple(prompt for prompt in prompts for _ in range(columns)),
+        thoughts=None if thoughts is None else tuple(t for t in thoughts for _ in range(columns)),
+        images=images,
+        keys=tuple(f"graded/{row}/{column}" for row in range(rows) for column in range(columns)),
+    )
+    total = torch.zeros(len(batch), device=images.device)
+    for item in setup.rewards:
+        if not item.weight:
+            continue
+        found = _call(item, item.reward.score, batch)
+        if images.requires_grad and not found.requires_grad:
+            raise PluginError(
+                f"reward {item.name!r} of {item.origin} returned scores without gradient, though "
+                "its provider says that it is differentiable"
+            )
+        sign = 1.0 if item.reward.higher_is_better else -1.0
+        total = total + sign * item.weight * found.float().to(total.device)
+    return total.view(rows, columns)
 
 
 def _call(item: NamedReward, method: Callable[[RewardBatch], T], batch: RewardBatch) -> T:
@@ -147,7 +182,7 @@ def equal_groups(recipe: Recipe, rollout: Rollout, scores: Scores) -> dict[str, 
         blank = torch.zeros(int(group.max()) + 1, dtype=means.dtype)
         highest = blank.scatter_reduce(0, group, means, "amax", include_self=False)
         lowest = blank.scatter_reduce(0, group, means, "amin", include_self=False)
-        found.setdefault(EXPERT_OF[segment], []).append(highest - lowest < 1e-8)
+        found.setdefault(EXPERT_OF[segment], []).append(highest - lowest < EQUAL)
     return {f"{who}/equal_groups": float(torch.cat(x).double().mean()) for who, x in found.items()}
 
 

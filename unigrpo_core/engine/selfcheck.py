@@ -65,10 +65,11 @@ def _found(setup: Setup) -> Iterator[Finding]:
     }
     metrics = updater(found.data)
     yield from _gaps(setup, found, metrics)
-    for expert, parameters in updater.experts.items():
+    for expert in sorted(found.data.train):
+        parameters = updater.experts[expert]
         yield Finding(f"{expert} gradient", True, f"norm {metrics[f'{expert}/grad_norm']:.2g}")
         yield _step(expert, before[expert], [p.detach() for p in parameters])
-    if updater.reference.any:
+    if "reference" in updater.anchors:
         yield Finding("reference", True, "computes after the update what it did before")
 
 
@@ -112,7 +113,7 @@ def _gaps(setup: Setup, found: Experience, metrics: Mapping[str, float]) -> Iter
         figures += f" (at most {limit:.0e})" if limit < 1 else ""
         yield Finding("text, sampler against trainer", True, figures)
     objective, points = setup.image_objective, found.data.points
-    if objective is None or points is None:
+    if objective is None or points is None or objective.fresh:
         return
     clip = objective.clip_range(points.x_t.shape[2:].numel())
     ratio, share = metrics["gap/image_log_ratio"], metrics["gap/image_radius_share"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.keys import Key
+from unigrpo_core.recipe.schema import EXPERTS, Expert
 from unigrpo_core.records import ImageSegment, Points, Prompt, ReplayBatch, Rollout, TextSegment
 
 
@@ -44,6 +45,7 @@ class TrainSet:
     sizes: tuple[int, ...]  # tokens of each context
     image_tokens: int  # tokens of one point
     thoughts: tuple[str, ...]  # B of them, or none
+    train: frozenset[Expert]  # the experts that are trained on it
 
     @property
     def columns(self) -> int:
@@ -60,6 +62,12 @@ class TrainSet:
             for chunk in torch.split(rows, high):
                 yield MicroBatch(chunk, slice(start, stop), counts_text=start == 0)
 
+    def told(self, batch: MicroBatch) -> tuple[tuple[Prompt, ...], tuple[str, ...] | None]:
+        """The prompts and the thoughts of a micro-batch's rows; None if nothing is thought."""
+        rows = batch.rows.tolist()
+        thoughts = tuple(self.thoughts[row] for row in rows) if self.thoughts else None
+        return tuple(self.prompts[row] for row in rows), thoughts
+
     def part(self, batch: MicroBatch) -> Points | None:
         """The points of a micro-batch."""
         if self.points is None:
@@ -74,8 +82,9 @@ class TrainSet:
         rows = batch.rows.to(self.tokens.device)
         mask = self.mask[rows]
         width = int(mask.sum(1).max()) if mask.numel() else 0
+        prompts, thoughts = self.told(batch)
         return ReplayBatch(
-            prompts=tuple(self.prompts[row] for row in batch.rows.tolist()),
+            prompts=prompts,
             tokens=self.tokens[rows, :width],
             mask=mask[:, :width],
             temperature=setup.recipe.text.temperature,
@@ -84,7 +93,7 @@ class TrainSet:
             t=None if points is None else points.t,
             branches=_branches(setup, points),
             context_gradient=setup.recipe.image.context_gradient,
-            thoughts=tuple(self.thoughts[row] for row in batch.rows.tolist() if self.thoughts),
+            thoughts=thoughts or (),
         )
 
 
@@ -126,7 +135,12 @@ def build_train_set(
         for prompt, length in zip(prompts, lengths, strict=True)
     )
     points, image_advantages, rewards, image_tokens = None, None, None, 0
-    if image is not None and setup.image_objective is not None and setup.training is not None:
+    if (
+        image is not None
+        and advantages[image] is not None
+        and setup.image_objective is not None
+        and setup.training is not None
+    ):
         drawn = rollout.segments[image]
         assert isinstance(drawn, ImageSegment)
         keys = [key.child("points", row) for row in range(len(drawn.latents))]
@@ -136,6 +150,7 @@ def build_train_set(
         rewards = _spread(total, per_image, count)
         image_tokens = setup.image_policy.image_tokens(setup.recipe.image.size)
     nothing = torch.zeros(count, 0)
+    trained = {"text": text_advantages, "image": image_advantages}
     return TrainSet(
         prompts=prompts,
         owner=owner,
@@ -151,6 +166,7 @@ def build_train_set(
         sizes=sizes,
         image_tokens=image_tokens,
         thoughts=thoughts,
+        train=frozenset(expert for expert in EXPERTS if trained[expert] is not None),
     )
 
 

@@ -19,6 +19,7 @@ from unigrpo_core.engine.losses import Losses
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.engine.signal import Signal, halves
 from unigrpo_core.engine.trainset import MicroBatch, TrainSet
+from unigrpo_core.recipe.schema import Expert
 from unigrpo_core.records import Points, Replay
 
 
@@ -64,40 +65,59 @@ class Updater:
                     fused=setup.device.type in ("cpu", "cuda"),
                 ),
             )
-        self.reference = _Wanted(
-            text=any(item.anchor == "reference" for item in setup.text_regularizers),
-            image=any(item.anchor == "reference" for item in setup.image_regularizers)
-            or (setup.image_objective is not None and "reference" in setup.image_objective.needs),
-        )
-        if self.reference.any:
+        wanted = {name: self._wanted(name) for name in ("reference", "ema")}
+        self.anchors = {name: what for name, what in wanted.items() if what.any}
+        if "reference" in self.anchors:
             setup.policy.keep("reference")
+        self.rollouts = 0
+        if recipe.ema.decay:
+            setup.policy.keep("ema", 0.0)
+
+    def _wanted(self, anchor: str) -> _Wanted:
+        """What of an anchor's values is asked for."""
+        setup, objective = self.setup, self.setup.image_objective
+        return _Wanted(
+            text=any(item.anchor == anchor for item in setup.text_regularizers),
+            image=any(item.anchor == anchor for item in setup.image_regularizers)
+            or (objective is not None and anchor in objective.needs),
+        )
 
     def __call__(self, data: TrainSet) -> dict[str, float]:
         """Trains on a rollout and returns its metrics, those of losses from the last update."""
-        recipe, prompts = self.setup.recipe, len(set(data.owner.tolist()))
-        count = recipe.updates.count
-        share = prompts // count if recipe.updates.data == "disjoint" else prompts
-        shares = [
-            torch.arange(len(data.owner))[(data.owner // share == u) | (share == prompts)]
-            for u in range(count)
-        ]
+        setup, recipe = self.setup, self.setup.recipe
+        shares = self._shares(data)
         everyone = torch.arange(len(data.owner))
         gap = Gap(recipe.compute.precision)
-        reference = Values.blank(data) if self.reference.any else None
-        kept = Kept(Values.blank(data), reference)
-        if reference is not None:
-            with self.setup.policy.weights("reference"):
-                self._record(data, everyone, reference, self.reference, None)
-        if recipe.updates.data == "disjoint":
+        kept = Kept(Values.blank(data), {name: Values.blank(data) for name in self.anchors})
+        for name, values in kept.anchors.items():
+            with setup.policy.weights(name):
+                self._record(data, everyone, values, self.anchors[name], None)
+        if recipe.ema.sample:
+            with setup.policy.weights("ema"):
+                self._record(data, everyone, kept.old, _Wanted(), gap)
+                self._check_gap(gap, data, kept)
+        elif recipe.updates.data == "disjoint":
             for rows in shares[1:]:
                 self._record(data, rows, kept.old, _Wanted(), gap)
         metrics: dict[str, float] = {}
         for number, rows in enumerate(shares):
-            first = self.updates == 0
-            metrics |= self._update(data, rows, kept, gap if number == 0 else None)
-            if first and reference is not None:
-                self._check_reference(data, reference)
+            first, own = self.updates == 0, number == 0 and not recipe.ema.sample
+            metrics |= self._update(data, rows, kept, gap if own else None)
+            if first and "reference" in kept.anchors:
+                self._check_reference(data, kept.anchors["reference"])
+        self.rollouts += 1
+        if recipe.ema.decay:
+            ramp = recipe.ema.slope * self.rollouts or 1.0
+            setup.policy.keep("ema", min(recipe.ema.decay, ramp))
         return {**gap.metrics(), **metrics}
+
+    def _shares(self, data: TrainSet) -> list[Tensor]:
+        """The rows of every update: whole prompts, shared out as evenly as they can be, or all."""
+        rows, updates = torch.arange(len(data.owner)), self.setup.recipe.updates
+        if updates.data == "repeat":
+            return [rows] * updates.count
+        share = data.owner * updates.count // (int(data.owner.max()) + 1)
+        return [part for u in range(updates.count) if len(part := rows[share == u])]
 
     def _check_reference(self, data: TrainSet, kept: Values) -> None:
         """Whether the reference still computes what it did before the first update.
@@ -109,7 +129,7 @@ class Updater:
         rows = next(data.micro_batches(everyone, recipe.compute.replay_tokens)).rows
         now = Values.blank(data)
         with self.setup.policy.weights("reference"):
-            self._record(data, rows, now, self.reference, None)
+            self._record(data, rows, now, self.anchors["reference"], None)
         for was, became in ((kept.logps, now.logps), (kept.guided, now.guided)):
             if was is not None and became is not None:
                 check_unmoved(was[rows], became[rows], recipe.compute.precision)
@@ -130,7 +150,7 @@ class Updater:
         self, data: TrainSet, batch: MicroBatch, points: Points | None, wanted: _Wanted
     ) -> tuple[Tensor | None, Velocity | None]:
         setup = self.setup
-        want_logps = wanted.text and batch.counts_text and setup.text_objective is not None
+        want_logps = wanted.text and batch.counts_text and "text" in data.train
         if points is None and not want_logps:
             return None, None
         replay: Replay = self.root(data.replay_batch(setup, batch, points, want_logps=want_logps))
@@ -163,8 +183,9 @@ class Updater:
         if logps is not None:
             width = logps.shape[1]
             gap.text(logps.detach(), data.logps[batch.rows, :width], data.mask[batch.rows, :width])
-        if v is not None and points is not None and self.setup.image_objective is not None:
-            gap.image(self.setup.image_objective, points, v.guided.detach())
+        objective = self.setup.image_objective
+        if v is not None and points is not None and objective is not None and not self._fresh:
+            gap.image(objective, points, v.guided.detach())
 
     def _update(
         self, data: TrainSet, rows: Tensor, kept: Kept, gap: Gap | None
@@ -185,25 +206,39 @@ class Updater:
                 if gap is not None:
                     self._measure(gap, data, batch, points, logps, v)
                     kept.old.put(batch, logps, v)
-                    if twice and v is not None and points is not None:
+                    if twice and v is not None and points is not None and not self._fresh:
                         self._measure_twice(gap, data, batch, points, v)
                     twice = False
                 loss = losses(batch, points, logps, v)
                 if loss.requires_grad:
                     setup.accelerator.backward(loss)
         if gap is not None:
-            problems = gap.problems()
-            if problems:
-                again = partial(self._guided, data)
-                raise gap.error(problems, causes(problems, setup, data, kept.old, again))
+            self._check_gap(gap, data, kept)
             check_reached(
-                self.experts,
+                {expert: self.experts[expert] for expert in data.train},
                 {
                     "text": data.text_advantages[rows] * setup.recipe.text.weight,
                     "image": data.image_advantages[rows] * setup.recipe.image.weight,
                 },
             )
-        return {**losses.metrics(), **signal.metrics(), **self._step()}
+        return {**losses.metrics(), **signal.metrics(), **self._step(data.train)}
+
+    def _check_gap(self, gap: Gap, data: TrainSet, kept: Kept) -> None:
+        """Whether the trainer's values are the sampler's.
+
+        Raises:
+            UserError: they are not.
+        """
+        problems = gap.problems()
+        if problems:
+            again = partial(self._guided, data)
+            raise gap.error(problems, causes(problems, self.setup, data, kept.old, again))
+
+    @property
+    def _fresh(self) -> bool:
+        """Whether the sampler stored nothing at the points."""
+        objective = self.setup.image_objective
+        return objective is not None and objective.fresh
 
     def _measures_signal(self) -> bool:
         """Whether it is the turn of the rollout that begins."""
@@ -218,11 +253,16 @@ class Updater:
         again = self._guided(data, batch, points)
         gap.own(self.setup.image_objective, points, v.guided.detach(), again)
 
-    def _step(self) -> dict[str, float]:
+    def _step(self, train: frozenset[Expert]) -> dict[str, float]:
+        """One step of these experts; the others' gradients are forgotten."""
         recipe = self.setup.recipe.optimizer
         warm = min(1.0, (self.updates + 1) / max(1, recipe.warmup_updates))
         found: dict[str, float] = {}
         for expert, parameters in self.experts.items():
+            if expert not in train:
+                for parameter in parameters:
+                    parameter.grad = None
+                continue
             norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             finite(f"the gradient of the {expert} expert", norm)
             found[f"{expert}/grad_norm"] = float(norm)

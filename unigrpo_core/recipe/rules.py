@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_core.errors import PluginError, UserError
+from unigrpo_core.interfaces import ImageObjective
 from unigrpo_core.recipe.positions import KeyPath
 from unigrpo_core.recipe.schema import (
     EXPERT_OF,
@@ -159,11 +160,13 @@ def _required(recipe: Recipe) -> Broke:
     draws = "draw" in recipe.episode
     draws_later = any("draw" in (view.episode or ()) for view in recipe.views)
     image = draws and "image" in recipe.train
+    objective = recipe.image.objective
+    stored = image and not (objective and _built(objective, ("image", "objective")).fresh)
     wanted: list[tuple[KeyPath, object, bool]] = [
         (("advantage",), recipe.advantage, bool(recipe.train)),
         (("text", "objective"), recipe.text.objective, "text" in recipe.train),
         (("image", "objective"), recipe.image.objective, image),
-        (("image", "window"), recipe.image.window, image),
+        (("image", "window"), recipe.image.window, stored),
         (("image", "scheduler"), recipe.image.scheduler, draws),
         (("image", "guidance"), recipe.image.guidance, draws),
         (("evaluation", "scheduler"), recipe.evaluation.scheduler, draws_later),
@@ -217,10 +220,11 @@ def _stochastic(recipe: Recipe) -> Broke:
     scheduler, objective = recipe.image.scheduler, recipe.image.objective
     if "image" not in recipe.train or scheduler is None:
         return
+    fresh = objective is not None and _built(objective, ("image", "objective")).fresh
     divides: list[tuple[KeyPath, Slot]] = [
         (("image", "regularizers", place), slot)
         for place, slot in enumerate(recipe.image.regularizers)
-        if "std" in slot.component.provider.needs
+        if "std" in slot.component.provider.needs and not fresh
     ]
     if objective and "std" in objective.component.provider.needs:
         divides.insert(0, (("image", "objective"), objective))
@@ -231,6 +235,60 @@ def _stochastic(recipe: Recipe) -> Broke:
             f"{scheduler.use!r} nothing would be stochastic: {why}"
         )
         yield Broken(path, message)
+
+
+def _objective(recipe: Recipe) -> Broke:
+    """What an image objective takes of the rest: noise, a unit, gradients of rewards."""
+    slot, scheduler = recipe.image.objective, recipe.image.scheduler
+    if "image" not in recipe.train or slot is None:
+        return
+    path: KeyPath = ("image", "objective")
+    objective: ImageObjective = _built(slot, path)
+    for place, penalty in enumerate(recipe.image.regularizers):
+        if objective.fresh and "std" in penalty.component.provider.needs:
+            message = (
+                f"{penalty.use!r} divides by the std of a step, and the points of image.objective "
+                f"{slot.use!r} are its own, without noise; take one that reads velocities"
+            )
+            yield Broken(("image", "regularizers", place), message)
+    unit = None if scheduler is None else _built(scheduler, ("image", "scheduler")).unit
+    if unit and objective.unit and objective.unit != unit:
+        message = (
+            f"the clip range of {slot.use!r} is in {objective.unit}, and log-ratios of "
+            f"image.scheduler {scheduler and scheduler.use!r} are in {unit}: set clip_unit = "
+            f'"{unit}", with a clip range of that size, or take another scheduler'
+        )
+        yield Broken(path, message)
+    for place, reward in enumerate(recipe.rewards if "score" in objective.needs else ()):
+        if reward.weight and not reward.component.provider.differentiable:
+            message = (
+                f"{reward.use!r} is not differentiable, and image.objective {slot.use!r} goes down "
+                f"its gradient: take another reward, or weight = 0 and one that is, or another "
+                "objective"
+            )
+            yield Broken(("rewards", place), message)
+
+
+def _average(recipe: Recipe) -> Broke:
+    """Whoever needs a moving average of the weights has one."""
+    if recipe.ema.decay:
+        return
+    why = "there is no moving average of the weights: set ema.decay, such as 0.9"
+    if recipe.ema.sample:
+        yield Broken(("ema", "sample"), why)
+    slot = recipe.image.objective
+    if "image" in recipe.train and slot and "ema" in _built(slot, ("image", "objective")).needs:
+        yield Broken(("image", "objective"), f"{slot.use!r} needs it, but {why}")
+    for expert, slots in (("text", recipe.text.regularizers), ("image", recipe.image.regularizers)):
+        for place, penalty in enumerate(slots):
+            if penalty.anchor == "ema" and expert in recipe.train:
+                yield Broken((expert, "regularizers", place, "anchor"), why)
+
+
+def _turns(recipe: Recipe) -> Broke:
+    if recipe.updates.turns and set(recipe.train) != {"text", "image"}:
+        message = f"takes two experts in turn, and train = {list(recipe.train)}"
+        yield Broken(("updates", "turns"), message)
 
 
 def _why_no_noise(scheduler: SchedulerSlot) -> str:
@@ -315,4 +373,7 @@ _METHOD_RULES = (
     _stochastic,
     _regularizers,
     _branches,
+    _objective,
+    _average,
+    _turns,
 )

@@ -29,6 +29,7 @@ Expert = Literal["text", "image"]
 Segment = Literal["think", "draw"]
 NoiseScope = Literal["episode", "thought", "prompt"]
 
+EXPERTS: tuple[Expert, ...] = ("text", "image")
 EXPERT_OF: dict[Segment, Expert] = {"think": "text", "draw": "image"}
 
 
@@ -227,9 +228,10 @@ class RegularizerSlot(Slot):
     interface = ""
 
     weight: float = Field(ge=0, description="its factor in the total loss")
-    anchor: Literal["reference", "old"] = Field(
+    anchor: Literal["reference", "old", "ema"] = Field(
         "reference",
-        description="the weights it holds on to: those of the start, or those that sampled",
+        description="the weights it holds on to: those of the start, those that sampled, or the "
+        "moving average",
     )
 
 
@@ -243,6 +245,25 @@ class FlowRegularizerSlot(RegularizerSlot):
 # --- tables -----------------------------------------------------------------------------------
 
 
+class Ema(Table):
+    decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="what is left of the moving average of the weights at every rollout, in "
+        "[0, 1); 0: no average is kept",
+    )
+    slope: float = Field(
+        0.0,
+        ge=0,
+        description="after rollout i the decay is at most slope x i, so that the average follows "
+        "at first; 0: the decay from the start",
+    )
+    sample: bool = Field(
+        False, description="whether rollouts are sampled by the average, which then is the old"
+    )
+
+
 class Group(Table):
     fan_out: tuple[Count, ...] = Field(
         (12, 1),
@@ -250,6 +271,19 @@ class Group(Table):
         description="how many continuations each row has, one number >= 1 per segment; "
         "their product is the group size",
     )
+    equal: Literal["keep", "drop", "resample"] = Field(
+        "keep",
+        description="what becomes of prompts whose episodes all have the same reward, and so teach "
+        "nothing: they stay, or are dropped, or others are sampled in their place",
+    )
+    resample_rounds: int = Field(
+        3, ge=1, description="further rollouts of a step at most, to fill dropped places"
+    )
+
+
+class Turns(Table):
+    text: int = Field(ge=1, description="steps that train the text expert alone, which come first")
+    image: int = Field(ge=1, description="steps after them that train the image expert alone")
 
 
 class Updates(Table):
@@ -257,6 +291,9 @@ class Updates(Table):
     data: Literal["disjoint", "repeat"] = Field(
         "disjoint",
         description="each update trains on its own share of the prompts, or all on all of them",
+    )
+    turns: Turns | None = Field(
+        None, description="the experts train in turns of so many steps; absent: in every step"
     )
 
 
@@ -399,6 +436,13 @@ class Recipe(Table):
     prompts: int = Field(12, ge=1, description="prompts per rollout")
     group: Group = Field(default_factory=Group.defaults)
     updates: Updates = Field(default_factory=Updates.defaults)
+    ema: Ema = Field(default_factory=Ema.defaults)
+    budget: str = Field(
+        "",
+        pattern=r"^((cpu|wall):[1-9]\d*s)?$",
+        description="seconds of training, of the CPU or of the wall, after which a run ends if "
+        'steps have not: "cpu:120s"; empty: none',
+    )
     start: RecipePath = Field(
         "", description="folder of a run whose final weights to start from; empty: none"
     )
@@ -420,6 +464,15 @@ class Recipe(Table):
     evaluation: Evaluation = Field(default_factory=Evaluation.defaults)
     compute: Compute = Field(default_factory=Compute.defaults)
     plugins: Plugins = Field(default_factory=Plugins.defaults)
+
+    def trained(self, step: int) -> frozenset[Expert]:
+        """The experts that a step trains, the first being step 1."""
+        turns = self.updates.turns
+        if turns is None:
+            return frozenset(self.train)
+        return frozenset(
+            {"text" if (step - 1) % (turns.text + turns.image) < turns.text else "image"}
+        )
 
     @property
     def views(self) -> tuple[View, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from math import prod
 
-from unigrpo_core.interfaces import Guidance, Scheduler, Window
+from unigrpo_core.interfaces import Guidance, ImageObjective, Scheduler, Window
 from unigrpo_core.keys import Key
 from unigrpo_core.recipe.schema import Recipe, RegularizerSlot
 from unigrpo_core.workload import PROMPT_TOKENS, Workload
@@ -28,9 +28,10 @@ def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
     train_text, train_image = "text" in recipe.train, "image" in recipe.train
     windows = _windows(recipe) if draws else ()
     guidance: Guidance | None = image.guidance.build() if draws and image.guidance else None
-    needs: frozenset[str] = (
-        image.objective.build().needs if train_image and image.objective else frozenset()
+    objective: ImageObjective | None = (
+        image.objective.build() if train_image and image.objective else None
     )
+    needs = objective.needs if objective else frozenset()
     rows = thoughts or recipe.prompts
     return Workload(
         prompts=recipe.prompts,
@@ -42,7 +43,7 @@ def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
         prompt_tokens=prompt_tokens,
         size=image.size,
         steps=image.scheduler.steps if draws and image.scheduler else 0,
-        points=len(windows[0]) if windows and train_image and image.objective else 0,
+        points=objective.count(len(windows[0])) if windows and objective else 0,
         windows=windows,
         shared_noise=image.noise_scope != "episode" and images > rows,
         branches=len(guidance.branches) if guidance else 0,
