@@ -6,6 +6,7 @@ The module is also a plugin (see :func:`catalog`), so that recipes can name its 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -20,6 +21,7 @@ from unigrpo_board.make_checkpoint import write_tokenizer
 from unigrpo_models.bagel.checkpoint import write_config
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig, Latent
 from unigrpo_models.bagel.network import BagelNetwork
+from unigrpo_rewards import random_reward
 
 from unigrpo_core.catalog import Catalog, collect, load_catalog
 from unigrpo_core.engine.clock import Clock
@@ -307,8 +309,24 @@ class FixedReward(WordReward):
         return torch.tensor([self.values[i % len(self.values)] for i in range(len(batch))])
 
 
+class SolvedOptions(Options):
+    among: int = Field(description="one prompt among so many is open, at random; 0: none")
+
+
+def solved(options: SolvedOptions):
+    """Differs between the episodes of open prompts only."""
+
+    def score(batch: RewardBatch) -> Tensor:
+        draws = [zlib.crc32(prompt.id.encode()) for prompt in batch.prompts]
+        is_open = [bool(options.among) and draw % options.among == 0 for draw in draws]
+        return torch.tensor(is_open) * random_reward.random_score(batch)
+
+    return score
+
+
 @hookimpl
 def unigrpo_rewards():
+    yield Provider("solved", solved, SolvedOptions, range=(0.0, 1.0))
     yield Provider("word", lambda options: WordReward(options.word), WordOptions)
     yield Provider("faulty", lambda o: FaultyReward(o.fault, o.after), FaultyOptions)
     yield Provider(

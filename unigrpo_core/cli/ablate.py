@@ -50,6 +50,12 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         default=Path("runs", "ablate"),
         help="the runs become DIR/CELL/seed-S; default: runs/ablate",
     )
+    parser.add_argument(
+        "--budget",
+        metavar="CLOCK:Ns",
+        help="seconds of training that every run ends after, if its steps have not, of the CPU or "
+        "of the wall: cpu:120s (short for --set budget=...)",
+    )
     add_set(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="list the runs and what is done of them; run none"
@@ -66,7 +72,8 @@ def ablate(arguments: argparse.Namespace) -> int:
 
     seeds, slots, out = parse_seeds(arguments.seeds), _slots(arguments.jobs), arguments.out
     catalogs = Catalogs(warned(load_catalog()))
-    cells = grid(arguments.recipe, arguments.axis, arguments.set, catalogs.of)
+    budget = [f"budget={arguments.budget}"] if arguments.budget else []
+    cells = grid(arguments.recipe, arguments.axis, [*budget, *arguments.set], catalogs.of)
     jobs = [Job(cell, seed, out) for seed in seeds for cell in cells]
     counted = f"{_many(len(cells), 'cell')} x {_many(len(seeds), 'seed')}"
     if arguments.dry_run:
