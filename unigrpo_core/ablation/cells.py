@@ -95,7 +95,10 @@ def _once(group: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 
 def _check_steps(one: Run, two: Run) -> None:
-    """Raises a UserError unless the two were evaluated at the same steps."""
+    """Raises a UserError unless the two were evaluated at the same steps, or end where a budget was
+    spent."""
+    if one.values.get("budget"):
+        return
     for name in set(one.metric_names) & set(two.metric_names):
         curves = [run.curve(name) for run in (one, two)]
         if len({curve.steps for curve in curves if curve}) > 1:

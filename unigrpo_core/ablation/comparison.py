@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from unigrpo_core.ablation.alike import check_metrics
 from unigrpo_core.ablation.cells import Cell
 from unigrpo_core.ablation.choice import At, choose_against, choose_metric, choose_proxy
-from unigrpo_core.ablation.measures import Cost, best_step_of, cost_of, means, values_at
+from unigrpo_core.ablation.measures import Cost, best_of, cost_of, means, values_at
 from unigrpo_core.ablation.statistics import Estimate, estimate
 
 EXPERTS = ("text", "image")
@@ -134,7 +134,7 @@ def _figures(cell: Cell, other: Cell, at: At, metric: str) -> Figures:
     curves = [curve for run in cell.runs if (curve := run.curve(metric))]
     start = {run.seed: curve.values[0] for run, curve in zip(cell.runs, curves, strict=True)}
     final = [curve.values[-1] for curve in curves]
-    best_step = best_step_of(cell, metric)
+    best = best_of(cell, metric)
     found = values_at(cell, metric, at)
     theirs = values_at(other, metric, at)
     difference = None
@@ -144,8 +144,8 @@ def _figures(cell: Cell, other: Cell, at: At, metric: str) -> Figures:
     return Figures(
         estimate(tuple(start.values())),
         estimate(final),
-        estimate([curve.values[curve.steps.index(best_step)] for curve in curves]),
-        best_step,
+        estimate([curve.values[best] for curve in curves]),
+        curves[0].steps[best],
         estimate(tuple(found.values())) if found else None,
         estimate([value - start[seed] for seed, value in found.items()]) if found else None,
         difference,

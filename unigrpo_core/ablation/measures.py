@@ -15,11 +15,12 @@ from unigrpo_core.ablation.statistics import Estimate, between, estimate
 # --- metrics ----------------------------------------------------------------------------------
 
 
-def best_step_of(cell: Cell, metric: str) -> int:
-    """The evaluated step at which the mean over the seeds is highest, the first of equal ones."""
+def best_of(cell: Cell, metric: str) -> int:
+    """The evaluation, by number, at which the mean over the seeds is highest, the first of equal
+    ones."""
     curves = [curve for run in cell.runs if (curve := run.curve(metric))]
     sums = [fsum(values) for values in zip(*(curve.values for curve in curves), strict=True)]
-    return curves[0].steps[sums.index(max(sums))]
+    return sums.index(max(sums))
 
 
 def values_at(cell: Cell, metric: str, at: At) -> dict[int, float] | None:
@@ -31,12 +32,14 @@ def values_at(cell: Cell, metric: str, at: At) -> dict[int, float] | None:
     found: dict[int, float] = {}
     if any(run.curve(metric) is None for run in cell.runs):
         return None
-    if at.kind == "best":
-        at = At("step", best_step_of(cell, metric))
+    edge = best_of(cell, metric) if at.kind == "best" else -1 if at.kind == "final" else None
     for run in cell.runs:
         curve = run.curve(metric)
         assert curve is not None
-        value = curve.values[-1] if at.kind == "final" or not run.steps else _at(run, curve, at)
+        if edge is not None or not run.steps:
+            value: float | None = curve.values[-1 if edge is None else edge]
+        else:
+            value = _at(run, curve, at)
         if value is None:
             return None
         found[run.seed] = value

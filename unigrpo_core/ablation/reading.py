@@ -91,6 +91,7 @@ def read_run(folder: Path) -> Run:
     with damage(folder / "run.json"):
         values = about["values"]
         steps, seed, name = values["steps"], values["seed"], about["recipe"]
+        steps = summary["steps"] if values.get("budget") else steps
         cuda, device = about["environment"]["cuda"], values["compute"]["device"]
         plugin_file = (about.get("plugin_file") or {}).get("sha256", "")
         if not all(isinstance(number, int) for number in (steps, seed)):

@@ -48,7 +48,8 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return int(self.values["steps"])
+        """Those that were made: the recipe's, or as far as its budget went."""
+        return len(self.metrics)
 
     @property
     def staged(self) -> bool:
@@ -117,8 +118,11 @@ class Run:
         return None if start is None else tuple(accumulate(self.seconds, initial=start))
 
     def curve(self, metric: str) -> Curve | None:
-        """The metric over the run; None if it was not evaluated."""
+        """The metric over the run; None if it was not evaluated. Of a run that ended with its
+        budget, which is at another step for every seed, the start and the end."""
         rows = [row for row in self.evaluations if metric in row]
+        if self.values.get("budget"):
+            rows = [*rows[:1], *rows[1:][-1:]]
         if metric not in self.metric_names:
             return None
         steps = tuple(int(row["step"]) for row in rows)

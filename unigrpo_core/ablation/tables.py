@@ -90,8 +90,8 @@ def _values(comparison: Comparison) -> Table:
     header.append("gain" if at.kind == "final" else f"gain at {at}")
     rows = []
     for item in comparison.cells:
-        run, figures = item.cell.runs[0], item.metrics.get(metric)
-        row = [_label(item), str(len(item.cell.runs)), str(run.steps)]
+        figures = item.metrics.get(metric)
+        row = [_label(item), str(len(item.cell.runs)), _steps(item)]
         if figures is None:
             rows.append((*row, *(NOTHING for _ in header[3:])))
             continue
@@ -214,6 +214,12 @@ def mean(value: Estimate | None, sign: str = "") -> str:
         return NOTHING
     text = number(value.mean, sign)
     return text if value.se is None else f"{text} ± {value.se:.3f}"
+
+
+def _steps(item: Compared) -> str:
+    """How many a run made; of seeds whose budget went to different ones, the fewest and the most."""
+    made = sorted({run.steps for run in item.cell.runs})
+    return f"{made[0]}-{made[-1]}" if len(made) > 1 else str(made[0])
 
 
 def span(interval: Interval | None, sign: str = "") -> str:
