@@ -1,4 +1,4 @@
-"""Classifier-free guidance, optionally on an interval of times, and what BAGEL and Qwen-Image add to it.
+"""Classifier-free guidance, optionally on an interval of times, and what BAGEL and Qwen-Image add.
 
 Paper
     Classifier-free guidance (arXiv 2207.12598); guidance interval (arXiv 2404.07724). The arm

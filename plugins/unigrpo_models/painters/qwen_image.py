@@ -142,7 +142,8 @@ def load_qwen_image(
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-    told = QwenImagePipeline(None, None, None, None, None)  # its template, and where a text begins
+    pipeline: Any = QwenImagePipeline
+    empty = pipeline(None, None, None, None, None)
     tokenizer = load_tokenizer(Qwen2Tokenizer, path / "tokenizer")
     tokenizer.padding_side = "right"
     words = Tokenizer(
@@ -150,8 +151,8 @@ def load_qwen_image(
         tokenizer,
         options.max_text_tokens,
         options.overlong,
-        told.prompt_template_encode,
-        told.prompt_template_encode_start_idx,
+        template=empty.prompt_template_encode,
+        dropped=empty.prompt_template_encode_start_idx,
     )
     kind = Qwen2_5_VLForConditionalGeneration
     qwen = load_model(kind, path / "text_encoder", place.compute, place.device)
