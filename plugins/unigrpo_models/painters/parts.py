@@ -156,20 +156,20 @@ def grid_of(size: tuple[int, int], stride: int, limit: int | None = None) -> tup
     return size[0] // stride, size[1] // stride
 
 
-def vae_stride(autoencoder: Any) -> int:
-    """Pixels of a latent's side."""
-    config = autoencoder.config
-    names = "block_out_channels", "encoder_block_out_channels", "dim_mult"
-    stages = next(config[name] for name in names if config.get(name))
-    return int(2 ** (len(stages) - 1))
-
-
 def unpacked(tokens: Tensor, patch: int) -> Tensor:
     """Latents [B, c, h patch, w patch] of tokens [B, h, w, c patch^2], each (channel, row in patch,
     column)."""
     rows, height, width, channels = tokens.shape
     x = tokens.reshape(rows, height, width, channels // patch**2, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(rows, -1, height * patch, width * patch)
+
+
+def vae_stride(autoencoder: Any) -> int:
+    """Pixels of a latent's side."""
+    config = autoencoder.config
+    names = "block_out_channels", "encoder_block_out_channels", "dim_mult"
+    stages = next(config[name] for name in names if config.get(name))
+    return int(2 ** (len(stages) - 1))
 
 
 @torch.no_grad()
