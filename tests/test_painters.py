@@ -21,6 +21,7 @@ from diffusers import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from unigrpo_models.painters import parts
 from unigrpo_models.painters.folder import Shift
 from unigrpo_models.template import conditioning_text
 
@@ -597,6 +598,13 @@ def test_diffusers_is_named_when_it_is_missing(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=r'pip install "unigrpo\[diffusers\]"'):
         build_setup(recipe("sd3"))
+
+
+def test_a_diffusers_that_is_too_old_is_named(recipe, monkeypatch):
+    monkeypatch.setattr(parts, "version", lambda _: "0.36.0")
+    said = 'needs diffusers 0.37 or later, and 0.36.0 is installed: pip install "diffusers>=0.37"'
+    with pytest.raises(UserError, match=said):
+        build_setup(recipe("qwen_image"))
 
 
 def test_weights_of_another_kind_are_not_loaded(policy, tmp_path):

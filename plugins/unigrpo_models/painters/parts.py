@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,11 @@ WORDS = ("tokenizer.json", "vocab.json", "spiece.model")
 Overlong = Literal["error", "cut"]
 
 
-def need_diffusers(policy: str) -> None:
-    """Whether diffusers is there.
+def need_diffusers(policy: str, minor: int = 35) -> None:
+    """Whether diffusers 0.``minor`` is there.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or is older.
     """
     try:
         there = find_spec("diffusers") is not None
@@ -34,6 +35,12 @@ def need_diffusers(policy: str) -> None:
         there = False
     if not there:
         raise UserError(f'policy {policy!r} needs diffusers: pip install "unigrpo[diffusers]"')
+    found = version("diffusers")
+    if tuple(int(part) for part in found.split(".")[:2]) < (0, minor):
+        raise UserError(
+            f"policy {policy!r} needs diffusers 0.{minor} or later, and {found} is installed: "
+            f'pip install "diffusers>=0.{minor}"'
+        )
 
 
 def load_model(kind: Any, path: Path, dtype: torch.dtype, device: torch.device) -> Any:

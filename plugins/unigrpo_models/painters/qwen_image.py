@@ -130,9 +130,9 @@ def load_qwen_image(
     """The painter of a pipeline's folder, its network in the type ``weights``.
 
     Raises:
-        UserError: diffusers is missing, or the folder does not fit.
+        UserError: diffusers is missing or too old, or the folder does not fit.
     """
-    need_diffusers("qwen_image")
+    need_diffusers("qwen_image", 37)  # before, the network took no mask of a text
     folder = open_pipeline(
         path,
         "QwenImagePipeline",
