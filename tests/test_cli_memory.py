@@ -88,10 +88,11 @@ def test_micro_batches_are_the_engine_s(tmp_path, checkpoint, budget):
 
 @pytest.mark.parametrize("name", ["flow_sde", "ode"])
 @pytest.mark.parametrize("grid", ["linear", "diffusers"])
+@pytest.mark.parametrize("terminal", [None, 0.02])
 @pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (4, 2.0), (24, 3.0)])
-def test_times_without_torch_are_the_times(name, grid, steps, shift):
+def test_times_without_torch_are_the_times(name, grid, terminal, steps, shift):
     provider = tiny.catalog().find("scheduler", name).provider
-    scheduler = provider.build(provider.options(grid=grid))
+    scheduler = provider.build(provider.options(grid=grid, shift_terminal=terminal))
     plain = scheduler.plain_times(steps, shift)
     np.testing.assert_allclose(plain, scheduler.times(steps, shift), rtol=0, atol=1e-15)
 

@@ -152,6 +152,11 @@ class TestCFGAsInBAGELsEditing(GuidanceConformance):
     options: ClassVar = {"image_scale": 2.0, "renorm": "text_channel", "renorm_min": 0.1}
 
 
+class TestCFGAsInQwenImage(GuidanceConformance):
+    use = "cfg"
+    options: ClassVar = {"renorm": "channel_exact"}
+
+
 class TestGRPO(TextObjectiveConformance):
     use = "grpo"
 
@@ -220,6 +225,7 @@ def pipelines(tmp_path_factory):
     tiny_painters.write_sd3(folder / "sd3")
     tiny_painters.write_flux(folder / "flux")
     tiny_painters.write_sana(folder / "sana")
+    tiny_painters.write_qwen_image(folder / "qwen_image")
     return folder
 
 
@@ -243,6 +249,14 @@ class TestSana(TestSD3):
     def given(self, pipelines):
         where = {"checkpoint": str(pipelines / "sana"), "max_text_tokens": 12}
         return where | {"instruction": False}
+
+
+class TestQwenImage(TestSD3):
+    use = "qwen_image"
+
+    @pytest.fixture
+    def given(self, pipelines):
+        return {"checkpoint": str(pipelines / "qwen_image"), "max_text_tokens": 16}
 
 
 class TestComposed(TextPolicyConformance, ImageFlowPolicyConformance):

@@ -93,6 +93,23 @@ def test_rescaling_shrinks_each_image_or_token_and_never_enlarges(renorm: str) -
         assert torch.equal(got, shrunk[rows])
 
 
+def test_exact_rescaling_gives_each_token_the_conditional_norm() -> None:
+    """By hand, tokens on the last axis: norms 5 of v, 10 and 2.5 of what is rescaled."""
+    v = torch.tensor([[[[3.0, 4.0], [3.0, 4.0]]]])
+    text = torch.tensor([[[[0.0, 0.0], [4.5, 6.0]]]])
+    guidance = cfg.build(cfg.CFGOptions(scale=2.0, renorm="channel_exact"))
+    plain = cfg.build(cfg.CFGOptions(scale=2.0)).combine(v, {"text": text}, torch.full((1, 1), 0.5))
+    torch.testing.assert_close(plain, torch.tensor([[[[6.0, 8.0], [1.5, 2.0]]]]))
+    found = guidance.combine(v, {"text": text}, torch.full((1, 1), 0.5))
+    torch.testing.assert_close(found, v)
+    text = torch.tensor([[[[0.0, 8.0], [6.0, 0.0]]]])
+    found = guidance.combine(v, {"text": text}, torch.full((1, 1), 0.5))
+    expected = torch.tensor([[[[5.0, 0.0], [0.0, 5.0]]]])  # directions (6, 0) and (0, 8)
+    torch.testing.assert_close(found, expected)
+    outside = guidance.combine(v, {"text": text}, torch.zeros(1, 1))
+    assert torch.equal(outside, v)
+
+
 def test_the_branch_of_the_image_scale() -> None:
     assert cfg.build(cfg.CFGOptions(image_scale=1.5)).branches == ("text", "image")
     assert cfg.build(cfg.CFGOptions(image_scale=1.0)).branches == ("text",)
@@ -122,7 +139,8 @@ def test_none_is_the_identity() -> None:
         ({"renorm": "local"}, "renorm"),
         ({"image_scale": 0.5}, "image_scale"),
         ({"renorm": "global", "renorm_min": 1.5}, "renorm_min"),
-        ({"renorm_min": 0.5}, "does nothing without renorm"),
+        ({"renorm_min": 0.5}, "does nothing without a renorm that shrinks; got renorm = 'none'"),
+        ({"renorm": "channel_exact", "renorm_min": 0.5}, "got renorm = 'channel_exact'"),
         ({"scale": 0.5, "image_scale": 2.0}, "scale must be at least 1; got 0.5"),
         ({"scale": 0.0, "renorm": "channel"}, "scale must be at least 1; got 0.0"),
     ],

@@ -149,6 +149,37 @@ def test_grids_are_those_of_diffusers(grid: str, steps: int, shift: float) -> No
         torch.testing.assert_close(times.float(), theirs.sigmas, atol=2e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [2, 10, 50])
+@pytest.mark.parametrize("terminal", [0.02, 0.6])
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+@pytest.mark.parametrize("grid", ["linear", "diffusers"])
+def test_grids_with_a_terminal_are_those_of_diffusers(
+    grid: str, shift: float, terminal: float, steps: int
+) -> None:
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal)
+    if grid == "linear":
+        theirs.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+    else:
+        theirs.set_timesteps(steps)
+    for method in (flow_sde, ode):
+        stated = {"grid": grid, "shift_terminal": terminal}
+        times = method.build(method.PROVIDER.options.model_validate(stated)).times(steps, shift)
+        assert times.dtype == torch.float64
+        assert times[0] == 1
+        assert times[-2].item() == pytest.approx(terminal, abs=1e-15)
+        assert times[-1] == 0
+        assert (times.diff() < 0).all()
+        torch.testing.assert_close(times.float(), theirs.sigmas, atol=2e-7, rtol=1e-6)
+
+
+def test_a_terminal_by_hand() -> None:
+    """The times 1, .75, .5, .25 are stretched by .98 / .75; one step has nothing to stretch."""
+    scheduler = ode.build(ode.ODEOptions(shift_terminal=0.02))
+    found = scheduler.times(4, 1.0).tolist()
+    assert found == pytest.approx([1, 1 - 0.98 / 3, 1 - 2 * 0.98 / 3, 0.02, 0], abs=1e-15)
+    assert scheduler.times(1, 3.0).tolist() == scheduler.plain_times(1, 3.0) == [1, 0]
+
+
 def test_the_diffusers_grid_shifts_twice() -> None:
     options = flow_sde.FlowSDEOptions(grid="diffusers")
     assert flow_sde.build(options).times(10, 3.0)[-2].item() == pytest.approx(0.009, abs=1e-4)
@@ -162,6 +193,9 @@ def test_impossible_grids_are_refused() -> None:
         SDE.times(4, 0.0)
     with pytest.raises(ValidationError, match="grid"):
         flow_sde.FlowSDEOptions.model_validate({"grid": "cosine"})
+    for terminal in (0.0, 1.0):
+        with pytest.raises(ValidationError, match="shift_terminal"):
+            ode.ODEOptions(shift_terminal=terminal)
     with pytest.raises(ValidationError, match="noise_level"):
         ode.ODEOptions.model_validate({"noise_level": 0.8})
 

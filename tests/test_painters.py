@@ -12,9 +12,16 @@ import tiny
 import tiny_clip
 import tiny_painters
 import torch
-from diffusers import FluxPipeline, SanaPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    FluxPipeline,
+    QwenImagePipeline,
+    SanaPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from unigrpo_models.painters import parts
 from unigrpo_models.painters.folder import Shift
 from unigrpo_models.template import conditioning_text
 
@@ -71,6 +78,7 @@ def folders(tmp_path_factory):
     tiny_painters.write_flux(at / "flux")
     tiny_painters.write_flux(at / "schnell", guidance=False)
     tiny_painters.write_sana(at / "sana")
+    tiny_painters.write_qwen_image(at / "qwen_image")
     return at
 
 
@@ -114,6 +122,7 @@ def engine_image(setup, size=SIZE):
 
 ONE = "image.guidance={use='none'}"
 GUIDED = "image.guidance={use='cfg', scale=4.5}"
+EXACT = "image.guidance={use='cfg', scale=4.5, renorm='channel_exact'}"
 
 
 @pytest.mark.parametrize(
@@ -229,6 +238,32 @@ def test_sana_draws_what_its_pipeline_draws(
     assert (images[0] - images[1]).abs().max() > 0.02
 
 
+@pytest.mark.parametrize(
+    ("guidance", "scale", "negative"), [(ONE, 1.0, ""), (EXACT, 4.5, ""), (EXACT, 4.5, "dark")]
+)
+def test_qwen_image_draws_what_its_pipeline_draws(recipe, folders, guidance, scale, negative):
+    """On the pipeline's own shift, which is dynamic, and grid, which is stretched; guided with its
+    rescaling. Texts are padded here and not there."""
+    stretched = "image.scheduler={use='flow_sde', steps=5, noise_level=0.7, shift_terminal=0.02}"
+    stated = (guidance, stretched, f"policy.negative='{negative}'")
+    images, latents = engine_image(build_setup(recipe("qwen_image", *stated)))
+    pipe = QwenImagePipeline.from_pretrained(folders / "qwen_image")
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        [prompt.text for prompt in PROMPTS],
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=5,
+        true_cfg_scale=scale,
+        negative_prompt=[negative] * 2,
+        latents=latents.flatten(1, 2),
+        output_type="pt",
+    ).images
+    assert (images - expected).abs().max() <= 1e-4
+    assert images.std() > 0.05
+    assert (images[0] - images[1]).abs().max() > 0.02
+
+
 # --- training ---------------------------------------------------------------------------------
 
 
@@ -240,6 +275,7 @@ def test_sana_draws_what_its_pipeline_draws(
         ("sd3", ("compute.replay_tokens=1", "updates.count=2")),
         ("flux", (GUIDED, "policy.lora_rank=2")),
         ("sana", (GUIDED, "policy.lora_rank=2", "policy.instruction=false")),
+        ("qwen_image", (EXACT, "policy.lora_rank=2")),
     ],
 )
 def test_sampler_and_trainer_agree(run, name, overrides):
@@ -249,7 +285,7 @@ def test_sampler_and_trainer_agree(run, name, overrides):
         assert figures["gap/trainer_twice"] <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image"])
 def test_bf16_with_adapters_and_recomputed_activations(run, name):
     """The engine stops a run whose gap is beyond law 3."""
     low = ("compute.precision='bf16'", "compute.checkpointing='selective'", "policy.lora_rank=2")
@@ -375,7 +411,7 @@ def test_a_template_that_would_lose_a_text_is_refused(recipe, template):
         recipe("sd3", f"policy.template='{template}'")
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "sana"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana", "qwen_image"])
 def test_a_text_is_read_once_until_it_is_forgotten(policy, name):
     painter = policy(name, "policy.kept_texts=2").painter
     read, told = painter.read, []
@@ -406,6 +442,40 @@ def test_a_text_too_long_is_counted_and_refused_or_cut(policy, overrides, text, 
     cut = policy("sd3", *overrides, "policy.overlong='cut'")
     assert cut.prompt_tokens(Prompt("x", text)) <= 16
     assert len(cut.open([Prompt("x", text)])) == 1
+
+
+def test_padding_of_a_text_changes_nothing_beyond_rounding(policy):
+    """Velocities at lengths of 12 and 40, of which 11 and 8 are the texts'."""
+    short, long = (
+        policy("qwen_image", f"policy.max_text_tokens={tokens}").painter for tokens in (12, 40)
+    )
+    texts = ["a red cat", "red"]
+    assert [short.text_tokens(text) for text in texts] == [11, 8]
+    x_t = torch.randn(2, 6, 8, 16, generator=torch.Generator().manual_seed(0))
+    found = [
+        painter.velocity(painter.network, x_t, torch.tensor([0.3, 0.9]), painter.encode(texts))
+        for painter in (short, long)
+    ]
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+    assert (found[0][0] - found[0][1]).abs().max() > 0.1
+
+
+def test_a_text_in_a_template_is_counted_and_cut_without_it(policy, folders):
+    """The 34 tokens before a text do not count, the 5 that close it do; the message shows the text.
+    What is cut is what the pipeline cuts."""
+    long = Prompt("x", "abcdefghijklmno")
+    stated = "a text takes 20 tokens in tokenizer, whose encoder takes 12: 'abcdefghijklmno'"
+    with pytest.raises(UserError, match=stated):
+        policy("qwen_image").prompt_tokens(long)
+    cut = policy("qwen_image", "policy.overlong='cut'")
+    assert cut.prompt_tokens(long) == 12
+    found = cut.painter.encode([long.text])
+    pipe = QwenImagePipeline.from_pretrained(folders / "qwen_image")
+    with torch.no_grad():
+        expected, mask = pipe.encode_prompt(long.text, max_sequence_length=12)
+    assert mask is None
+    assert found["mask"].all()
+    torch.testing.assert_close(found["text"], expected, atol=1e-6, rtol=1e-5)
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -506,10 +576,35 @@ def test_options_that_do_not_fit_are_refused(recipe, name, override, said):
         build_setup(recipe(name, *override.split("\n")))
 
 
+def test_a_distilled_qwen_image_is_refused(recipe, tmp_path):
+    at = tiny_painters.write_qwen_image(tmp_path / "distilled", guidance_embeds=True)
+    with pytest.raises(UserError, match="its transformer takes a guidance as an input"):
+        build_setup(recipe("qwen_image", f"policy.checkpoint='{at}'"))
+
+
+def test_check_says_that_a_model_stretches_its_times(recipe, capsys):
+    """A scheduler that ends elsewhere is the recipe's choice, so it is said and not refused."""
+    for name in ("flux", "qwen_image"):
+        resolved = recipe(name)
+        assert bool(resolved.notes()) == (name == "qwen_image")
+    (note,) = resolved.notes()
+    assert note == (
+        "policy qwen_image: the model's own times are stretched to end at 0.02 before 0: the "
+        "recipe's schedulers do so with shift_terminal = 0.02, and only with it"
+    )
+
+
 def test_diffusers_is_named_when_it_is_missing(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=r'pip install "unigrpo\[diffusers\]"'):
         build_setup(recipe("sd3"))
+
+
+def test_a_diffusers_that_is_too_old_is_named(recipe, monkeypatch):
+    monkeypatch.setattr(parts, "version", lambda _: "0.36.0")
+    said = 'needs diffusers 0.37 or later, and 0.36.0 is installed: pip install "diffusers>=0.37"'
+    with pytest.raises(UserError, match=said):
+        build_setup(recipe("qwen_image"))
 
 
 def test_weights_of_another_kind_are_not_loaded(policy, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -27,6 +31,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -219,5 +226,66 @@ def write_sana(folder: Path) -> Path:
             vae=autoencoder.eval(),
             text_encoder=_random(Gemma2Model(gemma)),
             tokenizer=PreTrainedTokenizerFast(tokenizer_object=fast, **special),
+        ).save_pretrained(folder)
+    return folder
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Every word of the pipeline's template is one token, as in the published one, so its beginning
+    takes 34; other words are letters."""
+    template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
+    ends = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end")]
+    split = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    words = [word for part in re.split(r"<\|\w+\|>", template) for word, _ in split(part)]
+    merges = dict.fromkeys((word[:n], word[n]) for word in words for n in range(1, len(word)))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokens = [*sorted(alphabet), *(a + b for a, b in merges), *ends]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return Qwen2Tokenizer(vocabulary, [*merges], additional_special_tokens=ends)
+
+
+def write_qwen_image(folder: Path, **config: Any) -> Path:
+    """A QwenImagePipeline; tokens of 4 pixels, of 4 channels of latents. ``config`` is of the
+    transformer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        words = qwen_tokenizer()
+        text = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 37}
+        text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+        text |= {"bos_token_id": None, "eos_token_id": None}
+        eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 17, "num_heads": 2}
+        eyes |= {"out_hidden_size": 32, "fullatt_block_indexes": [0]}
+        qwen = Qwen2_5_VLConfig(text_config=text, vision_config=eyes)
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 8),
+            **config,
+        )
+        autoencoder = AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[-0.76, -0.71, 0.11, 1.55],
+            latents_std=[2.8, 1.5, 2.3, 1.1],
+        )
+        QwenImagePipeline(
+            transformer=_random(transformer),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True,
+                max_image_seq_len=8192,
+                max_shift=0.9,
+                shift_terminal=0.02,
+            ),
+            vae=autoencoder.eval(),
+            text_encoder=_random(Qwen2_5_VLForConditionalGeneration(qwen)),
+            tokenizer=words,
         ).save_pretrained(folder)
     return folder

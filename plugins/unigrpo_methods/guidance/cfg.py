@@ -1,9 +1,10 @@
-"""Classifier-free guidance, optionally on an interval of times, and BAGEL's two additions to it.
+"""Classifier-free guidance, optionally on an interval of times, and what BAGEL and Qwen-Image add.
 
 Paper
     Classifier-free guidance (arXiv 2207.12598); guidance interval (arXiv 2404.07724). The arm
     "with CFG" of UniGRPO's Fig 4 (arXiv 2603.23500). The branch "image" and the rescaling are those
-    of BAGEL's released sampler (arXiv 2505.14683).
+    of BAGEL's released sampler (arXiv 2505.14683); that of "channel_exact" is that of Qwen-Image's
+    pipeline in diffusers 0.42 (arXiv 2508.02324).
 
 Mathematics
     Where lo < t <= hi, with v_u the velocity without the prompt and without the thought (the branch
@@ -14,7 +15,8 @@ Mathematics
 
     renorm "none": b. "global": shrunk(b), norms over all of an image. "channel": shrunk(b), norms
     per token, over the last axis. "text_channel": b of shrunk(a), norms per token; b itself is not
-    shrunk. At image_scale 1 there is no v_i, and b = a. Elsewhere: v.
+    shrunk. "channel_exact": b |v| / (|b| + 1e-8), norms per token, which may also enlarge. At
+    image_scale 1 there is no v_i, and b = a. Elsewhere: v.
 
 Convention
     t is the shifted time the model sees. The bounds are compared in t's precision, so a bound and
@@ -55,10 +57,10 @@ class CFGOptions(Options):
     image_scale: float = Field(
         1.0, ge=1, description='scale against the branch "image", >= 1; 1 is off'
     )
-    renorm: Literal["none", "global", "channel", "text_channel"] = Field(
+    renorm: Literal["none", "global", "channel", "text_channel", "channel_exact"] = Field(
         "none",
         description="shrink the guided velocity to the conditional one's norm: never, per image, "
-        "per token, or per token before image_scale acts",
+        "per token, or per token before image_scale acts; channel_exact: per token, enlarged too",
     )
     renorm_min: float = Field(
         0.0, ge=0, le=1, description="the smallest factor by which renorm shrinks, 0 to 1"
@@ -75,8 +77,11 @@ class CFGOptions(Options):
 
     @model_validator(mode="after")
     def _used(self) -> Self:
-        if self.renorm == "none" and self.renorm_min:
-            raise ValueError(f"renorm_min = {self.renorm_min} does nothing without renorm")
+        if self.renorm in ("none", "channel_exact") and self.renorm_min:
+            raise ValueError(
+                f"renorm_min = {self.renorm_min} does nothing without a renorm that shrinks; "
+                f"got renorm = {self.renorm!r}"
+            )
         if self.scale < 1 and (self.image_scale > 1 or self.renorm != "none"):
             raise ValueError(
                 f"image_scale and renorm act on a text guidance: scale must be at least 1; "
@@ -108,21 +113,24 @@ class CFG(Guidance):
         renorm, unconditional = self.options.renorm, branches["text"]
         guided = unconditional + self.options.scale * (v - unconditional)
         if renorm == "text_channel":
-            guided = self._shrunk(guided, v, per_token=True)
+            guided = self._rescaled(guided, v)
         if "image" in self.branches:
             thoughtless = branches["image"]
             guided = thoughtless + self.options.image_scale * (guided - thoughtless)
-        if renorm in ("global", "channel"):
-            guided = self._shrunk(guided, v, per_token=renorm == "channel")
+        if renorm in ("global", "channel", "channel_exact"):
+            guided = self._rescaled(guided, v)
         return guided.where(per_point(self.active(t), v), v)
 
-    def _shrunk(self, guided: Tensor, v: Tensor, *, per_token: bool) -> Tensor:
-        """``guided`` [B, K, *] with norms of at most v's; a token is the last axis."""
+    def _rescaled(self, guided: Tensor, v: Tensor) -> Tensor:
+        """``guided`` [B, K, *] with norms of at most v's, or of v's; a token is the last axis."""
         import torch
 
-        axes = [-1] if per_token else [*range(2, v.dim())]
-        norm, most = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (guided, v))
-        factor: Tensor = (most / (norm + 1e-8)).clamp(self.options.renorm_min, 1.0)
+        renorm = self.options.renorm
+        axes = [*range(2, v.dim())] if renorm == "global" else [-1]
+        norm, wanted = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (guided, v))
+        factor: Tensor = wanted / (norm + 1e-8)
+        if renorm != "channel_exact":
+            factor = factor.clamp(self.options.renorm_min, 1.0)
         return guided * factor
 
 
@@ -135,5 +143,6 @@ PROVIDER = Provider(
     options=CFGOptions,
     build=build,
     summary="classifier-free guidance: one call more per guided step and unconditional context",
-    cite="CFG arXiv 2207.12598; interval arXiv 2404.07724; BAGEL arXiv 2505.14683",
+    cite="CFG arXiv 2207.12598; interval arXiv 2404.07724; BAGEL arXiv 2505.14683; "
+    "Qwen-Image arXiv 2508.02324",
 )

@@ -10,6 +10,10 @@ is shifted by s towards the noise: shifted(u) = s u / (1 + (s - 1) u).
     ``set_timesteps(T)`` of diffusers' FlowMatchEulerDiscreteScheduler with static ``shift`` s and
     1,000 training timesteps, which shifts twice: u = linspace(1, shifted(1/1000), T), shifted
     again, then 0. At T = 10, s = 3 the last time before 0 is .009 where ``linear`` has .25.
+
+With a terminal e, as ``shift_terminal`` of diffusers' scheduler, the shifted times t are then
+stretched from 1 so that t_last, the last before 0, is e: 1 - (1 - t) (1 - e) / (1 - t_last). The
+shift moves those between. At T = 1 there is no time between the ends, and nothing to stretch.
 """
 
 from __future__ import annotations
@@ -33,9 +37,16 @@ class GridOptions(Options):
         description='how times are spaced: "linear" (evenly, shifted once) or "diffusers" '
         "(as diffusers' set_timesteps(T), shifted twice)",
     )
+    shift_terminal: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="the last time before 0, to which the shifted times are stretched, as "
+        "diffusers' shift_terminal; not stretched when absent",
+    )
 
 
-def times(grid: Grid, steps: int, shift: float) -> Tensor:
+def times(options: GridOptions, steps: int, shift: float) -> Tensor:
     """float64 [steps + 1], falling from 1 to 0.
 
     Raises:
@@ -47,23 +58,32 @@ def times(grid: Grid, steps: int, shift: float) -> Tensor:
         raise ValueError(f"a time grid needs at least 1 step; got {steps}")
     if not shift > 0:
         raise ValueError(f"a timestep shift is positive (1: none); got {shift}")
-    if grid == "linear":
-        return _shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
-    last = _shifted(torch.tensor(1 / TRAIN_TIMESTEPS, dtype=torch.float64), shift).item()
-    sigmas = _shifted(torch.linspace(1, last, steps, dtype=torch.float64), shift)
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
+    if options.grid == "linear":
+        found = _shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    else:
+        last = _shifted(torch.tensor(1 / TRAIN_TIMESTEPS, dtype=torch.float64), shift).item()
+        sigmas = _shifted(torch.linspace(1, last, steps, dtype=torch.float64), shift)
+        found = torch.cat([sigmas, sigmas.new_zeros(1)])
+    if options.shift_terminal is not None and steps > 1:
+        found[:-1] = 1 - (1 - found[:-1]) * ((1 - options.shift_terminal) / (1 - found[-2]))
+    return found
 
 
-def plain_times(grid: Grid, steps: int, shift: float) -> list[float]:
+def plain_times(options: GridOptions, steps: int, shift: float) -> list[float]:
     """The same times, up to rounding, without torch."""
 
     def shifted(u: float) -> float:
         return shift * u / (shift * u + (1 - u))
 
-    if grid == "linear":
-        return [shifted(1 - step / steps) for step in range(steps + 1)]
-    fall = (1 - shifted(1 / TRAIN_TIMESTEPS)) / max(1, steps - 1)
-    return [*(shifted(1 - step * fall) for step in range(steps)), 0.0]
+    if options.grid == "linear":
+        sigmas = [shifted(1 - step / steps) for step in range(steps)]
+    else:
+        fall = (1 - shifted(1 / TRAIN_TIMESTEPS)) / max(1, steps - 1)
+        sigmas = [shifted(1 - step * fall) for step in range(steps)]
+    if options.shift_terminal is not None and steps > 1:
+        stretch = (1 - options.shift_terminal) / (1 - sigmas[-1])
+        sigmas = [1 - (1 - sigma) * stretch for sigma in sigmas]
+    return [*sigmas, 0.0]
 
 
 def float32(x: float) -> float:

@@ -40,10 +40,10 @@ class ODE(Scheduler):
     stochastic: ClassVar[bool] = False
 
     def times(self, steps: int, shift: float) -> Tensor:
-        return grids.times(self.options.grid, steps, shift)
+        return grids.times(self.options, steps, shift)
 
     def plain_times(self, steps: int, shift: float) -> list[float]:
-        return grids.plain_times(self.options.grid, steps, shift)
+        return grids.plain_times(self.options, steps, shift)
 
     def transition(
         self, v: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise_level: Tensor

@@ -42,6 +42,7 @@ from unigrpo_models.painters.parts import (
     load_model,
     load_tokenizer,
     need_diffusers,
+    unpacked,
     vae_stride,
 )
 
@@ -140,10 +141,7 @@ class FluxPainter(Painter):
         return v.view(x_t.shape)
 
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        rows, height, width, channels = latents.shape
-        x = latents.reshape(rows, height, width, channels // PATCH**2, PATCH, PATCH)
-        x = x.permute(0, 3, 1, 4, 2, 5).reshape(rows, -1, height * PATCH, width * PATCH)
-        return decode_images(self._autoencoder, x)
+        return decode_images(self._autoencoder, unpacked(latents, PATCH))
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of tokens."""

@@ -12,9 +12,11 @@ Convention
     sigmas; their shift is ``flow_shift``.
 
 Deviations and readings
-    1. The grid is the recipe's, so a scheduler that bends it in another way (terminal shift;
-       Karras, exponential or beta sigmas; inversion) is refused, not ignored.
-    2. Its stochastic sampling is ignored: noise is the recipe's scheduler's.
+    1. The grid is the recipe's, so a scheduler that bends it in a way that no grid follows (Karras,
+       exponential or beta sigmas; inversion) is refused, not ignored.
+    2. A terminal that its times are stretched to (``shift_terminal``) is an option of the recipe's
+       schedulers; ``unigrpo check`` says that the model has one.
+    3. Its stochastic sampling is ignored: noise is the recipe's scheduler's.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 FLOW_MATCH = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 BENDS = (
-    *("invert_sigmas", "shift_terminal", "use_karras_sigmas"),
+    *("invert_sigmas", "use_karras_sigmas"),
     *("use_exponential_sigmas", "use_beta_sigmas"),
 )
 FILES = Files(
@@ -66,6 +68,20 @@ def weights_of(path: Path) -> tuple[str, ...]:
             names = {*_read(index, "is not there").get("weight_map", {}).values()}
         found += [f"{part.name}/{name}" for name in sorted(names)]
     return tuple(found)
+
+
+def grid_notes(path: Path) -> tuple[str, ...]:
+    """What a user should know of the times that a folder's scheduler has, if it is there."""
+    try:
+        terminal = _read(path / SCHEDULER, "is not there").get("shift_terminal")
+    except UserError:
+        return ()
+    if not terminal:
+        return ()
+    return (
+        f"the model's own times are stretched to end at {terminal} before 0: the recipe's "
+        f"schedulers do so with shift_terminal = {terminal}, and only with it",
+    )
 
 
 @dataclass(frozen=True)

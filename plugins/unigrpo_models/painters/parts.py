@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,11 @@ WORDS = ("tokenizer.json", "vocab.json", "spiece.model")
 Overlong = Literal["error", "cut"]
 
 
-def need_diffusers(policy: str) -> None:
-    """Whether diffusers is there.
+def need_diffusers(policy: str, minor: int = 35) -> None:
+    """Whether diffusers 0.``minor`` is there.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or is older.
     """
     try:
         there = find_spec("diffusers") is not None
@@ -34,6 +35,12 @@ def need_diffusers(policy: str) -> None:
         there = False
     if not there:
         raise UserError(f'policy {policy!r} needs diffusers: pip install "unigrpo[diffusers]"')
+    found = version("diffusers")
+    if tuple(int(part) for part in found.split(".")[:2]) < (0, minor):
+        raise UserError(
+            f"policy {policy!r} needs diffusers 0.{minor} or later, and {found} is installed: "
+            f'pip install "diffusers>=0.{minor}"'
+        )
 
 
 def load_model(kind: Any, path: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -85,12 +92,19 @@ def load_tokenizer(kind: Any, path: Path) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A text encoder's tokenizer: texts are padded to ``limit`` tokens, special ones counted."""
+    """A text encoder's tokenizer: texts are padded to ``limit`` tokens, special ones counted.
+
+    Args:
+        template: what a text is told in, by ``str.format``.
+        dropped: how many tokens at the beginning are the template's; the limit is of those behind.
+    """
 
     name: str
     tokenizer: Any
     limit: int
     overlong: Overlong
+    template: str = "{}"
+    dropped: int = 0
 
     def count(self, text: str) -> int:
         """The tokens of a text that the encoder reads.
@@ -98,7 +112,8 @@ class Tokenizer:
         Raises:
             UserError: it takes more than the limit, and is not to be cut.
         """
-        count = len(self.tokenizer(text, verbose=False).input_ids)
+        told = self.template.format(text)
+        count = len(self.tokenizer(told, verbose=False).input_ids) - self.dropped
         if count > self.limit and self.overlong == "error":
             raise UserError(
                 f"a text takes {count} tokens in {self.name}, whose encoder takes {self.limit}: "
@@ -108,7 +123,7 @@ class Tokenizer:
         return min(count, self.limit)
 
     def ids(self, text: str, device: torch.device) -> Tensor:
-        """int64 [1, limit].
+        """int64 [1, dropped + limit].
 
         Raises:
             UserError: as :meth:`count`.
@@ -116,16 +131,16 @@ class Tokenizer:
         return self.padded(text, device)[0]
 
     def padded(self, text: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The ids, and the mask of those that are not padding, int64 [1, limit].
+        """The ids, and the mask of those that are not padding, int64 [1, dropped + limit].
 
         Raises:
             UserError: as :meth:`count`.
         """
         self.count(text)
         found = self.tokenizer(
-            [text],
+            [self.template.format(text)],
             padding="max_length",
-            max_length=self.limit,
+            max_length=self.dropped + self.limit,
             truncation=True,
             return_tensors="pt",
             verbose=False,
@@ -148,19 +163,35 @@ def grid_of(size: tuple[int, int], stride: int, limit: int | None = None) -> tup
     return size[0] // stride, size[1] // stride
 
 
+def unpacked(tokens: Tensor, patch: int) -> Tensor:
+    """Latents [B, c, h patch, w patch] of tokens [B, h, w, c patch^2], each (channel, row in patch,
+    column)."""
+    rows, height, width, channels = tokens.shape
+    x = tokens.reshape(rows, height, width, channels // patch**2, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(rows, -1, height * patch, width * patch)
+
+
 def vae_stride(autoencoder: Any) -> int:
     """Pixels of a latent's side."""
     config = autoencoder.config
-    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    names = "block_out_channels", "encoder_block_out_channels", "dim_mult"
+    stages = next(config[name] for name in names if config.get(name))
     return int(2 ** (len(stages) - 1))
 
 
 def decode_images(autoencoder: Any, latents: Tensor) -> Tensor:
     """float32 [B, 3, H, W] in [0, 1] of latents [B, C, h, w] by an autoencoder that takes
-    latents / scaling_factor + shift_factor and gives [-1, 1]. A megapixel at a time, since a
-    decoder's activations are large."""
+    latents / scaling_factor + shift_factor, or where it has neither latents * latents_std +
+    latents_mean by channel, and gives [-1, 1]. With a third axis, of frames, so have the images. A
+    megapixel at a time, since a decoder's activations are large."""
     config = autoencoder.config
-    latents = latents.float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    if config.get("scaling_factor") is None:
+        of_channel = (1, -1, *[1] * (latents.dim() - 2))
+        std, mean = (torch.tensor(config[f"latents_{name}"]) for name in ("std", "mean"))
+        latents = latents.float() * std.to(latents.device).view(of_channel)
+        latents = latents + mean.to(latents.device).view(of_channel)
+    else:
+        latents = latents.float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
     pixels = latents[0, 0].numel() * vae_stride(autoencoder) ** 2
     parts = torch.split(latents, max(1, MEGAPIXEL // pixels))
     images = [autoencoder.decode(part, return_dict=False)[0] for part in parts]

@@ -19,7 +19,7 @@ from unigrpo_core.plugin import (
     fetched_folder,
     local_folder,
 )
-from unigrpo_models.painters.folder import FILES, weights_of
+from unigrpo_models.painters.folder import FILES, grid_notes, weights_of
 from unigrpo_models.template import PROMPT, THOUGHT
 
 if TYPE_CHECKING:
@@ -109,6 +109,12 @@ class SanaOptions(DrawingOptions):
     )
 
 
+class QwenImageOptions(DrawingOptions):
+    max_text_tokens: int = Field(
+        512, ge=1, le=1024, description="tokens read of a text, the 5 that close it and padding in"
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """A painter by name: ``load(options, folder, placement, type of the network's weights)``."""
@@ -138,6 +144,12 @@ def _load_sana(*arguments: Any) -> Painter:
     return load_sana(*arguments)
 
 
+def _load_qwen_image(*arguments: Any) -> Painter:
+    from unigrpo_models.painters.qwen_image import load_qwen_image
+
+    return load_qwen_image(*arguments)
+
+
 KINDS = (
     Kind(
         "sd3",
@@ -155,6 +167,13 @@ KINDS = (
     ),
     Kind(
         "sana", SanaOptions, _load_sana, "Sana: draws prompts", "Xie et al. 2024, arXiv 2410.10629"
+    ),
+    Kind(
+        "qwen_image",
+        QwenImageOptions,
+        _load_qwen_image,
+        "Qwen-Image: draws prompts",
+        "Wu et al. 2025, arXiv 2508.02324",
     ),
 )
 
@@ -197,7 +216,7 @@ def notes(options: PainterOptions) -> Sequence[str]:
     except UserError as error:
         return (str(error),)
     missing = [name for name in files.published if not (folder / name).exists()]
-    return tuple(f"not there yet: {folder / name}" for name in missing)
+    return (*(f"not there yet: {folder / name}" for name in missing), *grid_notes(folder))
 
 
 def provider_of(kind: Kind) -> Provider:
