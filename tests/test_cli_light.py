@@ -171,14 +171,19 @@ def test_plugins(run, monkeypatch):
     code, out, _ = run("plugins")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0].split() == ["kind", "name", "from", "summary"]
+    assert lines[0].split() == ["kind", "name", "from", "summary", "source"]
     assert lines[1].split() == ["policy", "unified", "fakes", "1.2", "thinks", "and", "draws"]
     assert lines[-1].startswith("broken: plugin 'no_such_module' of fakes 1.2: ModuleNotFound")
 
 
 def test_plugins_of_a_kind(run):
     _, out, _ = run("plugins", "scheduler")
-    assert [line.split()[1] for line in out.splitlines()] == ["name", "ode", "sde"]
+    assert [line.split()[1] for line in out.splitlines()] == ["name", "ode", "sde", "squares"]
+    _, out, _ = run("plugins", "objective")
+    kinds = [line.split()[0] for line in out.splitlines()]
+    assert set(kinds) == {"kind", "text_objective", "image_objective"}
+    code, _, err = run("plugins", "objective", "flow_grpo")
+    assert (code, "say which of them 'flow_grpo' is" in err) == (2, True)
     code, _, err = run("plugins", "schedulr")
     assert (code, "did you mean 'scheduler'?" in err) == (2, True)
 

@@ -188,6 +188,11 @@ def spoils_and_fails(policy: Any, real: Any, folder: Any) -> None:
 
 POLICY = [
     PolicyFault(
+        "test_averages_move_by_their_decay",
+        "under the average",
+        instead("keep", lambda policy, real, name, decay: real(name)),
+    ),
+    PolicyFault(
         "test_histories_have_rows",
         "1 rows",
         instead("open", lambda policy, real, prompts: real(prompts[:1])),
@@ -626,11 +631,6 @@ IMAGE = [
     PolicyFault("test_sizes_are_numbers", "", result("image_tokens", lambda count: 0)),
     PolicyFault(
         "test_images_are_in_range", r"\(3, 8, 12\)", result("decode", lambda images: images[:, 0])
-    ),
-    PolicyFault(
-        "test_averages_move_by_their_decay",
-        "under the average",
-        instead("keep", lambda policy, real, name, decay: real(name)),
     ),
     PolicyFault(
         "test_decoding_passes_the_gradient",

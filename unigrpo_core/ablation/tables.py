@@ -217,7 +217,7 @@ def mean(value: Estimate | None, sign: str = "") -> str:
 
 
 def _steps(item: Compared) -> str:
-    """How many a run made; of seeds whose budget went to different ones, the fewest and the most."""
+    """How many a run made; of seeds whose budget went to different ones, fewest and most."""
     made = sorted({run.steps for run in item.cell.runs})
     return f"{made[0]}-{made[-1]}" if len(made) > 1 else str(made[0])
 

@@ -26,7 +26,9 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "plugins", help="list components, or show one with its options and file"
     )
-    parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument(
+        "kind", nargs="?", metavar="KIND", help=", ".join(KINDS) + "; objective: both of them"
+    )
     parser.add_argument("name", nargs="?", metavar="NAME", help="a component, or distribution:name")
     add_json(parser)
     parser.set_defaults(handler=plugins)
@@ -34,12 +36,15 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def plugins(arguments: argparse.Namespace) -> int:
     kind, name = arguments.kind, arguments.name
-    if kind is not None and kind not in KINDS:
+    kinds = [one for one in KINDS if kind in (None, one, one.rpartition("_")[2])]
+    if not kinds:
         raise UsageError(f"no kind of component is called {kind!r}{did_you_mean(kind, [*KINDS])}")
+    if name is not None and len(kinds) > 1:
+        raise UsageError(f"{kind} is {' or '.join(kinds)}: say which of them {name!r} is")
     catalog = warned(load_catalog()).proved()
-    components = catalog.components if kind is None else catalog.of(kind)
+    components = tuple(item for one in kinds for item in catalog.of(one))
     if name is not None:
-        components = (catalog.find(kind, name),)
+        components = (catalog.find(kinds[0], name),)
     if arguments.json:
         found = {
             "components": [*map(_described, components)],
@@ -55,9 +60,10 @@ def plugins(arguments: argparse.Namespace) -> int:
 
 
 def _listing(components: tuple[Component, ...], catalog: Catalog) -> str:
-    rows = [("kind", "name", "from", "summary")]
+    rows = [("kind", "name", "from", "summary", "source")]
     for item in sorted(components, key=lambda item: (list(KINDS).index(item.kind), item.name)):
-        rows.append((item.kind, item.name, item.origin, item.provider.summary))
+        provider = item.provider
+        rows.append((item.kind, item.name, item.origin, provider.summary, provider.cite))
     broken = [f"broken: {item}" for item in catalog.broken]
     disabled = [f"disabled: {item}" for item in catalog.disabled]
     return "\n".join([table(rows), *broken, *disabled])
@@ -65,7 +71,7 @@ def _listing(components: tuple[Component, ...], catalog: Catalog) -> str:
 
 def _one(described: dict[str, Any]) -> str:
     facts = [
-        (key, ", ".join(map(str, value)) if isinstance(value, list) else value)
+        (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
         for key, value in described.items()
         if key != "options" and value
     ]
@@ -97,6 +103,7 @@ def _described(item: Component) -> dict[str, Any]:
         "summary": provider.summary,
         "cite": provider.cite,
         "needs": list(provider.needs),
+        "differentiable": provider.differentiable,
         "provides": list(provider.provides),
         "parts": list(provider.parts),
         "penalty": provider.kind if item.kind == "regularizer" else "",

@@ -34,8 +34,8 @@ class ImageFlowPolicyConformance(PolicyConformance):
             component.latent_shape((0, 0))
 
     def test_images_are_in_range(self, component: ImageFlowPolicy) -> None:
-        """``decode`` gives float32 [B, 3, H, W] in [0, 1] each row's its own,
-        also of latents that are too large."""
+        """``decode`` gives float32 [B, 3, H, W] in [0, 1], each row's its own, also
+        of latents that are too large."""
         latents = 3 * normal("latents", 3, *component.latent_shape(self.size))
         images = component.decode(latents, self.size)
         assert images.shape == (3, 3, *self.size), f"{tuple(images.shape)}"
