@@ -18,7 +18,8 @@ def numbered(group: Tensor) -> Tensor:
     """int64 [E]: the groups numbered from 0, whatever numbers they had."""
     import torch
 
-    return torch.unique(group, return_inverse=True)[1]
+    numbers: Tensor = torch.unique(group, return_inverse=True)[1]
+    return numbers
 
 
 def known(rewards: Tensor, valid: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def held(values: Tensor, group: Tensor, valid: Tensor, percentiles: tuple[float,
 
     limited = values.clone()
     ranks = torch.tensor(percentiles, dtype=values.dtype) / 100
-    for number in group[valid].unique():
+    for number in torch.unique(group[valid]):
         here = valid & (group == number)
         low, high = torch.quantile(values[here], ranks)
         limited[here] = values[here].clamp(low, high)

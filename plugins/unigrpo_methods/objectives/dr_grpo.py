@@ -70,13 +70,13 @@ class DrGRPO(TextObjective):
         Raises:
             UserError: a row has more than ``max_tokens`` tokens.
         """
-        longest, most = int(mask.sum(1).max()), self.options.max_tokens
+        longest, most = max(mask.sum(1).tolist(), default=0), self.options.max_tokens
         if longest > most:
             raise UserError(
                 f"dr_grpo divides by text.objective.max_tokens = {most} tokens per sequence, but "
                 f"one of {longest} was sampled; set text.objective.max_tokens to text.max_tokens"
             )
-        return mask.float().new_tensor(float(len(mask) * most))
+        return self.weights(mask).new_tensor(float(len(mask) * most))
 
 
 def build(options: DrGRPOOptions) -> DrGRPO:
