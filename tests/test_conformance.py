@@ -161,6 +161,26 @@ class TestGRPO(TextObjectiveConformance):
     use = "grpo"
 
 
+class TestDrGRPO(TextObjectiveConformance):
+    use = "dr_grpo"
+    options: ClassVar = {"max_tokens": 6}
+
+
+class TestDAPO(TextObjectiveConformance):
+    use = "dapo"
+
+
+class TestGSPO(TextObjectiveConformance):
+    use = "gspo"
+
+
+class TestCISPO(TextObjectiveConformance):
+    use = "cispo"
+    expected_failures: ClassVar = {
+        "test_gradient_is_that_of_the_values": "its weight is held constant, by definition"
+    }
+
+
 class TestFlowGRPO(ImageObjectiveConformance):
     use = "flow_grpo"
     options: ClassVar = {"clip_range": 1e-4}
@@ -183,6 +203,13 @@ class TestTextKL(TokenRegularizerConformance):
     use = "text_kl"
 
 
+class TestEntropy(TokenRegularizerConformance):
+    use = "entropy"
+    expected_failures: ClassVar = {
+        "test_gradient_is_that_of_the_values": "it is the score function's, of an expectation"
+    }
+
+
 class TestGroupNorm(AdvantageConformance):
     use = "group_norm"
 
@@ -195,6 +222,19 @@ class TestGroupNormByAllRows(AdvantageConformance):
 class TestGroupNormWithoutStd(AdvantageConformance):
     use = "group_norm"
     options: ClassVar = {"std": "none"}
+
+
+class TestGroupNormOfPercentiles(AdvantageConformance):
+    use = "group_norm"
+    options: ClassVar = {"percentiles": [10, 90]}
+
+
+class TestLeaveOneOut(AdvantageConformance):
+    use = "leave_one_out"
+
+
+class TestGDPO(AdvantageConformance):
+    use = "gdpo"
 
 
 # --- policies ---------------------------------------------------------------------------------

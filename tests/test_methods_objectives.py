@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from unigrpo_methods.objectives import flow_grpo, grpo
+from unigrpo_methods.objectives.surrogate import clipped_surrogate
 from unigrpo_methods.schedulers import flow_sde
 
 from unigrpo_core.records import ImageSegment, Points
@@ -91,6 +92,29 @@ def test_grpo_is_minus_the_advantage_at_the_old_policy() -> None:
     )
     assert torch.equal(values, -torch.tensor([[0.7] * 3, [-1.3] * 3]))
     assert not metrics["ratio_deviation"].any()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "acted"),
+    [
+        (1.15, 2.0, -2.2, 1.0),  # held at 1 + .1
+        (1.15, -2.0, 2.3, 0.0),
+        (0.75, 2.0, -1.5, 0.0),
+        (0.75, -2.0, 1.5, 0.0),
+        (0.65, -2.0, 1.4, 1.0),  # held at 1 - .3
+    ],
+)
+def test_the_surrogate_has_two_bounds(
+    ratio: float, advantage: float, loss: float, acted: float
+) -> None:
+    at, a = torch.tensor([ratio]).double().log(), torch.tensor([advantage]).double()
+    values, metrics = clipped_surrogate(at, a, 0.3, 0.1)
+    assert values.tolist() == pytest.approx([loss])
+    assert metrics["clip_fraction"].tolist() == [acted]
+    for one, other in zip(
+        clipped_surrogate(at, a, 0.2), clipped_surrogate(at, a, 0.2, 0.2), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
 
 
 def stored_points(latents: tuple[int, ...], dtype: torch.dtype, drift: float = 0.0) -> Points:

@@ -11,13 +11,13 @@ from unigrpo_methods import hooks
 from unigrpo_core.plugin import KINDS, Provider
 
 EXPECTED = {
-    "unigrpo_text_objectives": {"grpo"},
+    "unigrpo_text_objectives": {"grpo", "dr_grpo", "dapo", "gspo", "cispo"},
     "unigrpo_image_objectives": {"flow_grpo"},
     "unigrpo_schedulers": {"flow_sde", "ode"},
     "unigrpo_windows": {"fixed", "random"},
     "unigrpo_guidance": {"none", "cfg"},
-    "unigrpo_regularizers": {"velocity_mse", "latent_kl", "text_kl"},
-    "unigrpo_advantages": {"group_norm"},
+    "unigrpo_regularizers": {"velocity_mse", "latent_kl", "text_kl", "entropy"},
+    "unigrpo_advantages": {"group_norm", "leave_one_out", "gdpo"},
 }
 PROVIDERS = [provider for hook in EXPECTED for provider in getattr(hooks, hook)()]
 
@@ -40,12 +40,16 @@ import sys
 from unigrpo_core.plugin import KINDS
 from unigrpo_methods import hooks
 
-valid = {"flow_grpo": {"clip_range": 1e-6}, "fixed": {"steps": (0, 1)}}
+valid = {
+    "flow_grpo": {"clip_range": 1e-6},
+    "fixed": {"steps": (0, 1)},
+    "dr_grpo": {"max_tokens": 8},
+}
 built = {}
 for hook in KINDS.values():
     for provider in getattr(hooks, hook, lambda: ())():
         built[provider.name] = provider.build(provider.options(**valid.get(provider.name, {})))
-assert len(built) == 12, sorted(built)
+assert len(built) == 19, sorted(built)
 assert built["flow_sde"].stochastic and not built["ode"].stochastic
 assert built["random"].count(8) == 3 and built["fixed"].count(8) == 2
 assert built["cfg"].branches == ("text",) and built["none"].branches == ()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from unigrpo_methods import hooks
-from unigrpo_methods.regularizers import latent_kl, text_kl, velocity_mse
+from unigrpo_methods.regularizers import entropy, latent_kl, text_kl, velocity_mse
 from unigrpo_methods.schedulers import flow_sde
 
 from unigrpo_core.plugin import Provider
@@ -140,3 +140,42 @@ def test_text_kl_estimates_the_divergence() -> None:
     expected = 0.7 * math.log(0.7 / 0.5) + 0.1 * math.log(0.1 / 0.3)
     estimate = (policy * text_kl.build(text_kl.TextKLOptions())(step)).sum().item()
     assert estimate == pytest.approx(expected, abs=1e-6)
+
+
+def of_vocabulary(logits: Tensor, sampled: Tensor) -> Tensor:
+    """The bonus of each word of a vocabulary, [words], weighted as if it were drawn by ``sampled``
+    and summed: the expectation of one token's bonus."""
+    step = TokenStep(logits.log_softmax(0)[None], torch.zeros(1, 4), torch.ones(1, 4).bool())
+    return (sampled * entropy.build(entropy.EntropyOptions())(step)[0]).sum()
+
+
+def test_entropy_estimates_minus_the_entropy_and_its_gradient() -> None:
+    logits = torch.tensor([0.3, -1.2, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    chances = logits.detach().softmax(0)
+    exact = torch.distributions.Categorical(logits=logits).entropy()
+    estimate = of_vocabulary(logits, chances)
+    assert estimate.item() == pytest.approx(-exact.item(), abs=1e-12)
+    (expected,) = torch.autograd.grad(exact, logits)
+    (gradient,) = torch.autograd.grad(estimate, logits)
+    torch.testing.assert_close(gradient, -expected)
+    # A step down the penalty flattens the distribution.
+    flatter = logits.detach() - 0.1 * gradient
+    assert torch.distributions.Categorical(logits=flatter).entropy() > exact
+
+
+def test_entropy_by_hand() -> None:
+    logps = torch.tensor([[-0.5, -2.0, 0.0, float("nan")]], requires_grad=True)
+    values = entropy.build(entropy.EntropyOptions())(token_step(logps, torch.zeros(1, 4)))
+    assert values.tolist() == [[-0.5, -2.0, 0.0, 0.0]]
+    (gradient,) = torch.autograd.grad(values.sum(), logps)
+    assert gradient.tolist() == [[-0.5, -2.0, 0.0, 0.0]]
+
+
+def test_entropy_is_biased_by_tokens_of_another_policy() -> None:
+    """As its file says: tokens of a uniform policy give another gradient than the policy's own."""
+    logits = torch.tensor([0.3, -1.2, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    own, other = (
+        torch.autograd.grad(of_vocabulary(logits, chances), logits)[0]
+        for chances in (logits.detach().softmax(0), torch.full((4,), 0.25))
+    )
+    assert (own - other).abs().max() > 0.1

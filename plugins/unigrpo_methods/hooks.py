@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from unigrpo_core.plugin import Provider, hookimpl
-from unigrpo_methods.advantages import group_norm
+from unigrpo_methods.advantages import gdpo, group_norm, leave_one_out
 from unigrpo_methods.guidance import cfg, none
-from unigrpo_methods.objectives import flow_grpo, grpo
-from unigrpo_methods.regularizers import latent_kl, text_kl, velocity_mse
+from unigrpo_methods.objectives import cispo, dapo, dr_grpo, flow_grpo, grpo, gspo
+from unigrpo_methods.regularizers import entropy, latent_kl, text_kl, velocity_mse
 from unigrpo_methods.schedulers import flow_sde, ode
 from unigrpo_methods.windows import fixed, random
 
@@ -16,6 +16,10 @@ from unigrpo_methods.windows import fixed, random
 @hookimpl
 def unigrpo_text_objectives() -> Iterator[Provider]:
     yield grpo.PROVIDER
+    yield dr_grpo.PROVIDER
+    yield dapo.PROVIDER
+    yield gspo.PROVIDER
+    yield cispo.PROVIDER
 
 
 @hookimpl
@@ -46,8 +50,11 @@ def unigrpo_regularizers() -> Iterator[Provider]:
     yield velocity_mse.PROVIDER
     yield latent_kl.PROVIDER
     yield text_kl.PROVIDER
+    yield entropy.PROVIDER
 
 
 @hookimpl
 def unigrpo_advantages() -> Iterator[Provider]:
     yield group_norm.PROVIDER
+    yield leave_one_out.PROVIDER
+    yield gdpo.PROVIDER

@@ -7,7 +7,7 @@ Paper
 Mathematics
     R_i = sum_r weight_r reward_ir,   A_i = (R_i - mean_group R) / (s + floor), where s is the
     standard deviation of R over the group, or over all valid rows; with "none" A_i = R_i - mean.
-    Then A_i is limited to +-clip.
+    Then A_i is limited to +-clip. With ``percentiles`` R_i is limited to those of its group before.
 
 Convention
     Rewards are combined first and normalised after. Arithmetic is float64, the result float32.
@@ -28,13 +28,20 @@ Deviations and readings
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import model_validator
 
 from unigrpo_core.interfaces import Advantage
 from unigrpo_core.plugin import Field, Options, Provider
+from unigrpo_methods.advantages import groups
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+WHOLE = (0.0, 100.0)
+Percentile = Annotated[float, Field(ge=0, le=100)]
 
 
 class GroupNormOptions(Options):
@@ -45,6 +52,18 @@ class GroupNormOptions(Options):
         1e-6, ge=0, description="added to the standard deviation, >= 0, in units of the reward"
     )
     clip: float = Field(5.0, ge=0, description="bound on |advantage|, >= 0 (no unit); 0 is off")
+    percentiles: tuple[Percentile, Percentile] = Field(
+        WHOLE,
+        description="low and high percentile of its group, 0 to 100, that a reward is limited to "
+        "before all else; [0, 100] is off",
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        low, high = self.percentiles
+        if low >= high:
+            raise ValueError(f"percentiles = [{low:g}, {high:g}]: the first must be the lower one")
+        return self
 
 
 @dataclass(frozen=True)
@@ -56,34 +75,17 @@ class GroupNorm(Advantage):
     def __call__(self, rewards: Tensor, weights: Tensor, group: Tensor, valid: Tensor) -> Tensor:
         import torch
 
-        group = torch.unique(group, return_inverse=True)[1]
-        known = rewards.double().masked_fill(~valid[:, None], 0)
-        combined = (known * weights.double()).sum(1)
-        centred = _centred(combined, group, valid)
-        if self.options.std != "none":
-            pool = group if self.options.std == "group" else torch.zeros_like(group)
-            variance = _mean(_centred(combined, pool, valid).square(), pool, valid)
-            # Where the std is 0 so is the numerator: any divisor gives the 0 wanted.
-            centred = centred / (variance.sqrt() + self.options.floor).where(variance > 0, 1)
-        if self.options.clip:
-            centred = centred.clamp(-self.options.clip, self.options.clip)
-        return centred.float()
-
-
-def _centred(values: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-    """[E]: values less the mean of their group, numbered from 0; 0 at invalid rows."""
-    infinite = values.masked_fill(~valid, float("inf"))
-    smallest = infinite.scatter_reduce(0, group, infinite, "amin", include_self=False)
-    above = (values - smallest[group]).masked_fill(~valid, 0)  # exactly 0 among equal values
-    return (above - _mean(above, group, valid)).masked_fill(~valid, 0)
-
-
-def _mean(values: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-    """[E]: the mean over the valid rows of each row's group; values are 0 at the invalid ones."""
-    zeros = values.new_zeros(values.shape)
-    total = zeros.index_add(0, group, values)
-    count = zeros.index_add(0, group, valid.to(values.dtype))
-    return (total / count.clamp(min=1))[group]
+        options, group = self.options, groups.numbered(group)
+        values = groups.combined(rewards, weights, valid)
+        if options.percentiles != WHOLE:
+            values = groups.held(values, group, valid, options.percentiles)
+        result = groups.centred(values, group, valid)
+        if options.std != "none":
+            pool = group if options.std == "group" else torch.zeros_like(group)
+            result = groups.scaled(result, values, pool, valid, options.floor)
+        if options.clip:
+            result = result.clamp(-options.clip, options.clip)
+        return result.float()
 
 
 def build(options: GroupNormOptions) -> GroupNorm:
