@@ -102,9 +102,22 @@ def test_word_order_is_not_read(reward):
     assert torch.equal(one, other)
 
 
-def test_no_gradient_is_asked_for(reward):
-    images = torch.rand(2, 3, 24, 24).requires_grad_()
-    assert not reward.score(batch(["one red circle", "a blue square"], images)).requires_grad
+def test_the_gradient_of_a_score_reaches_its_image_and_no_weight(reward):
+    """Compared with central differences along a direction of noise."""
+    generator = torch.Generator().manual_seed(1)
+    images, way = (torch.rand(2, 3, 24, 24, generator=generator) for _ in range(2))
+    way = (way - 0.5) * torch.tensor([1.0, 0.0])[:, None, None, None]
+    texts = ["one red circle", "a blue square"]
+    images.requires_grad_()
+    score = reward.score(batch(texts, images))
+    (gradient,) = torch.autograd.grad(score[0], images)
+    assert not gradient[1].any()
+    with torch.no_grad():
+        ahead, behind = (reward.score(batch(texts, images + step * way)) for step in (1e-3, -1e-3))
+    slope = ((ahead - behind) / 2e-3)[0].item()
+    assert abs(slope) > 1e-3
+    assert (gradient * way).sum().item() == pytest.approx(slope, rel=0.02)
+    assert PROVIDER.differentiable
     assert not any(parameter.requires_grad for parameter in reward.network.parameters())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from unigrpo_core.plugin import Provider, hookimpl
 from unigrpo_methods.advantages import group_norm
 from unigrpo_methods.guidance import cfg, none
-from unigrpo_methods.objectives import flow_grpo, grpo
+from unigrpo_methods.objectives import awm, diffusion_nft, flow_grpo, fpo, grpo, refl
 from unigrpo_methods.regularizers import latent_kl, text_kl, velocity_mse
 from unigrpo_methods.schedulers import flow_sde, ode
 from unigrpo_methods.windows import fixed, random
@@ -21,6 +21,10 @@ def unigrpo_text_objectives() -> Iterator[Provider]:
 @hookimpl
 def unigrpo_image_objectives() -> Iterator[Provider]:
     yield flow_grpo.PROVIDER
+    yield diffusion_nft.PROVIDER
+    yield awm.PROVIDER
+    yield fpo.PROVIDER
+    yield refl.PROVIDER
 
 
 @hookimpl
