@@ -23,6 +23,7 @@ Convention
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import TYPE_CHECKING, Literal
 
 from unigrpo_core.interfaces import Scheduler
@@ -108,4 +109,4 @@ def gain_radius(points: Points, change: Tensor | float) -> Tensor:
     t^2), its delta^2 left aside, as small beside it. Infinite where there is no residual."""
     elements = points.x_t.shape[2:].numel()
     residual = mean_square(points.x_next - points.old_mean).sqrt()
-    return change * elements**0.5 * points.t.square() / (2 * residual)
+    return change * sqrt(elements) * points.t.square() / (2 * residual)
