@@ -324,6 +324,7 @@ def test_the_bounds() -> None:
         assert weights.dtype == torch.float32
         assert weights.tolist() == [[1.0, 0.0]]
         assert build(name).unit is None
+        assert build(name, times=5).count(2) == 5
 
 
 @pytest.mark.parametrize(

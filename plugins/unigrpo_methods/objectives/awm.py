@@ -86,6 +86,9 @@ class AWM(ImageObjective):
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
         return fresh_points(segment, scheduler, keys, self.options)
 
+    def count(self, stored: int) -> int:
+        return self.options.times
+
     def log_ratio(self, points: Points, v: Tensor) -> Tensor:
         lower, power = gain(points, v), self.options.power
         if power == 1:

@@ -78,6 +78,9 @@ class DiffusionNFT(ImageObjective):
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
         return fresh_points(segment, scheduler, keys, self.options)
 
+    def count(self, stored: int) -> int:
+        return self.options.times
+
     def log_ratio(self, points: Points, v: Tensor) -> Tensor:
         return gain(points, v)
 

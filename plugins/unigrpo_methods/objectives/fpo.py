@@ -79,6 +79,9 @@ class FPO(ImageObjective):
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
         return fresh_points(segment, scheduler, keys, self.options)
 
+    def count(self, stored: int) -> int:
+        return self.options.times
+
     def log_ratio(self, points: Points, v: Tensor) -> Tensor:
         return self._weight(points) * gain(points, v)
 
