@@ -18,7 +18,7 @@ Mathematics
 Convention
     v+- are computed as v_old +- b (v - v_old), so that they are equal bit for bit at v = v_old.
     There the gradient by an element of v is 2 b (2 r - 1) (v - v*) / d: that of flow matching,
-    times b clip(A / Z, -1, 1); r = .5 leaves nothing of it. Away from there r only pulls back.
+    times b clip(A / Z, -1, 1); at r = .5 it is 0. Away from v_old, r = .5 pulls back to it.
     There is no ratio and no clip; ``log_ratio``, which then is for the eyes alone, is by how much
     flow matching's error is lower than the old weights', in squared latent units.
 
