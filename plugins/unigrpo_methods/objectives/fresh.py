@@ -15,8 +15,9 @@ Convention
     The product is evaluated as it stands: two errors near 1 are never subtracted, so float32 holds
     a gain that is far below the rounding of either. It is exactly 0 where v is the old velocity.
     Times are stratified: an image's k-th of K comes from u in [k / K, (k + 1) / K), so that each
-    image sees early and late ones, and their mean over k has the density asked for. They are at
-    least .01, where division by t leaves v* five digits of float32. All draws come from the image's key.
+    image sees early and late ones, and all K together have the density asked for. They are at
+    least .01, where the division by t leaves v* five digits of float32. All draws come from the
+    image's key.
     The points are steps from t to 0 without noise, whatever the scheduler: their mean is x0hat.
 """
 
