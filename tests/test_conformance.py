@@ -191,6 +191,40 @@ class TestFlowGRPOWithRatioNorm(ImageObjectiveConformance):
     options: ClassVar = {"ratio_norm": True}
 
 
+class TestDiffusionNFT(ImageObjectiveConformance):
+    use = "diffusion_nft"
+
+
+class TestDiffusionNFTSelfNormalised(ImageObjectiveConformance):
+    use = "diffusion_nft"
+    options: ClassVar = {"weighting": "self_normalised", "beta": 1.0, "density": "logit_normal"}
+
+
+class TestAWM(ImageObjectiveConformance):
+    use = "awm"
+
+
+class TestAWMWithGeneralHuber(ImageObjectiveConformance):
+    use = "awm"
+    options: ClassVar = {"weighting": "t", "power": 0.25, "shift": 3.0}
+
+
+class TestFPO(ImageObjectiveConformance):
+    use = "fpo"
+
+
+class TestFPOOfTheNoise(ImageObjectiveConformance):
+    use = "fpo"
+    options: ClassVar = {"error": "noise", "times": 4}
+
+
+class TestReFL(ImageObjectiveConformance):
+    use = "refl"
+    expected_failures: ClassVar = {
+        "test_gradient_follows_the_advantage": "it follows the score's gradient, not the advantage"
+    }
+
+
 class TestVelocityMSE(FlowRegularizerConformance):
     use = "velocity_mse"
 

@@ -12,7 +12,7 @@ from unigrpo_core.plugin import KINDS, Provider
 
 EXPECTED = {
     "unigrpo_text_objectives": {"grpo", "dr_grpo", "dapo", "gspo", "cispo"},
-    "unigrpo_image_objectives": {"flow_grpo"},
+    "unigrpo_image_objectives": {"flow_grpo", "diffusion_nft", "awm", "fpo", "refl"},
     "unigrpo_schedulers": {"flow_sde", "ode"},
     "unigrpo_windows": {"fixed", "random"},
     "unigrpo_guidance": {"none", "cfg"},
@@ -49,7 +49,7 @@ built = {}
 for hook in KINDS.values():
     for provider in getattr(hooks, hook, lambda: ())():
         built[provider.name] = provider.build(provider.options(**valid.get(provider.name, {})))
-assert len(built) == 19, sorted(built)
+assert len(built) == 23, sorted(built)
 assert built["flow_sde"].stochastic and not built["ode"].stochastic
 assert built["random"].count(8) == 3 and built["fixed"].count(8) == 2
 assert built["cfg"].branches == ("text",) and built["none"].branches == ()

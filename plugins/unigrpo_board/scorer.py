@@ -45,7 +45,8 @@ class ScorerOptions(Options):
 
 class BoardScorer(Reward):
     """(1 + cosine) / 2 of the image's and the prompt's embeddings, in [0, 1]; see
-    :mod:`unigrpo_board.scorer_network`. It computes on the CPU, in float32."""
+    :mod:`unigrpo_board.scorer_network`. It computes on the CPU, in float32; gradients reach the
+    images."""
 
     reads: ClassVar = frozenset({"prompt", "image"})
     range: ClassVar = (0.0, 1.0)
@@ -54,8 +55,10 @@ class BoardScorer(Reward):
         self.network = network
 
     def score(self, batch: RewardBatch) -> Tensor:
-        images = images_of(batch, "board_scorer").detach().float().cpu()
-        return (1 + self.network.cosine(images, [prompt.text for prompt in batch.prompts])) / 2
+        images = images_of(batch, "board_scorer")
+        texts = [prompt.text for prompt in batch.prompts]
+        score = (1 + self.network.cosine(images.float().cpu(), texts)) / 2
+        return score.to(images.device)
 
     def details(self, batch: RewardBatch) -> Mapping[str, Tensor]:
         return {}
@@ -79,6 +82,7 @@ PROVIDER = Provider(
     name="board_scorer",
     build=build,
     options=ScorerOptions,
+    differentiable=True,
     summary="a small learned judge of picture against prompt, imperfect so that it can be hacked",
     notes=notes,
 )

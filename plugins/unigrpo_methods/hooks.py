@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from unigrpo_core.plugin import Provider, hookimpl
 from unigrpo_methods.advantages import gdpo, group_norm, leave_one_out
 from unigrpo_methods.guidance import cfg, none
-from unigrpo_methods.objectives import cispo, dapo, dr_grpo, flow_grpo, grpo, gspo
+from unigrpo_methods.objectives import (
+    awm,
+    cispo,
+    dapo,
+    diffusion_nft,
+    dr_grpo,
+    flow_grpo,
+    fpo,
+    grpo,
+    gspo,
+    refl,
+)
 from unigrpo_methods.regularizers import entropy, latent_kl, text_kl, velocity_mse
 from unigrpo_methods.schedulers import flow_sde, ode
 from unigrpo_methods.windows import fixed, random
@@ -25,6 +36,10 @@ def unigrpo_text_objectives() -> Iterator[Provider]:
 @hookimpl
 def unigrpo_image_objectives() -> Iterator[Provider]:
     yield flow_grpo.PROVIDER
+    yield diffusion_nft.PROVIDER
+    yield awm.PROVIDER
+    yield fpo.PROVIDER
+    yield refl.PROVIDER
 
 
 @hookimpl
