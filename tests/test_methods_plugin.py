@@ -12,9 +12,9 @@ from unigrpo_core.plugin import KINDS, Provider
 
 EXPECTED = {
     "unigrpo_text_objectives": {"grpo"},
-    "unigrpo_image_objectives": {"flow_grpo"},
-    "unigrpo_schedulers": {"flow_sde", "ode"},
-    "unigrpo_windows": {"fixed", "random"},
+    "unigrpo_image_objectives": {"flow_grpo", "grpo_guard", "tempflow", "flow_dppo"},
+    "unigrpo_schedulers": {"flow_sde", "dance_sde", "cps", "ode"},
+    "unigrpo_windows": {"fixed", "random", "sliding", "scattered", "all"},
     "unigrpo_guidance": {"none", "cfg"},
     "unigrpo_regularizers": {"velocity_mse", "latent_kl", "text_kl"},
     "unigrpo_advantages": {"group_norm"},
@@ -40,12 +40,16 @@ import sys
 from unigrpo_core.plugin import KINDS
 from unigrpo_methods import hooks
 
-valid = {"flow_grpo": {"clip_range": 1e-6}, "fixed": {"steps": (0, 1)}}
+valid = {
+    "flow_grpo": {"clip_range": 1e-6},
+    "tempflow": {"clip_range": 1e-6},
+    "fixed": {"steps": (0, 1)},
+}
 built = {}
 for hook in KINDS.values():
     for provider in getattr(hooks, hook, lambda: ())():
         built[provider.name] = provider.build(provider.options(**valid.get(provider.name, {})))
-assert len(built) == 12, sorted(built)
+assert len(built) == 20, sorted(built)
 assert built["flow_sde"].stochastic and not built["ode"].stochastic
 assert built["random"].count(8) == 3 and built["fixed"].count(8) == 2
 assert built["cfg"].branches == ("text",) and built["none"].branches == ()

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from unigrpo_core.plugin import Provider, hookimpl
 from unigrpo_methods.advantages import group_norm
 from unigrpo_methods.guidance import cfg, none
-from unigrpo_methods.objectives import flow_grpo, grpo
+from unigrpo_methods.objectives import flow_dppo, flow_grpo, grpo, grpo_guard, tempflow
 from unigrpo_methods.regularizers import latent_kl, text_kl, velocity_mse
-from unigrpo_methods.schedulers import flow_sde, ode
-from unigrpo_methods.windows import fixed, random
+from unigrpo_methods.schedulers import cps, dance_sde, flow_sde, ode
+from unigrpo_methods.windows import fixed, random, scattered, sliding, whole
 
 
 @hookimpl
@@ -21,11 +21,16 @@ def unigrpo_text_objectives() -> Iterator[Provider]:
 @hookimpl
 def unigrpo_image_objectives() -> Iterator[Provider]:
     yield flow_grpo.PROVIDER
+    yield grpo_guard.PROVIDER
+    yield tempflow.PROVIDER
+    yield flow_dppo.PROVIDER
 
 
 @hookimpl
 def unigrpo_schedulers() -> Iterator[Provider]:
     yield flow_sde.PROVIDER
+    yield dance_sde.PROVIDER
+    yield cps.PROVIDER
     yield ode.PROVIDER
 
 
@@ -33,6 +38,9 @@ def unigrpo_schedulers() -> Iterator[Provider]:
 def unigrpo_windows() -> Iterator[Provider]:
     yield fixed.PROVIDER
     yield random.PROVIDER
+    yield sliding.PROVIDER
+    yield scattered.PROVIDER
+    yield whole.PROVIDER
 
 
 @hookimpl
