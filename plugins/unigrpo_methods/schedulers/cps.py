@@ -19,13 +19,14 @@ Convention
     Unit: a drift of the mean by an rms of 1 / (2 std) spreads a log-ratio over the noise as 1 does
     in nats, so that is ``unit_shift``: a clip range in nats does not carry over.
     Marginals: means are exact. Where data are a point, so is every marginal, for any number of
-    steps and noise level. Elsewhere, x1 being an expectation, it has less than the noise's
-    variance, and x_t is too narrow, also in the limit of small steps: the exchange is per step, not
-    per time. With c = cos(eta pi / 2), and V(t) the true variance, that limit at t > 0 is
+    steps and noise level. Elsewhere x1, being an expectation, has less than the noise's variance,
+    and where all steps are stochastic x_t is too narrow, also in the limit of small steps: the
+    exchange is per step, not per time. With c = cos(eta pi / 2), and V the true variance at t, that
+    limit is
 
         variance = V (1 + c) / (2 - (1 - c) t^2 / V),
 
-    between V and V (1 + c) / 2. (With few steps it is nearer to V.)
+    at t = 0 V (1 + c) / 2 (.65 V at eta = .8). It is approached as 1 / T, at t = 0 as T^-2/3.
     Noise 0: mean is exactly the Euler step x + v dt and std exactly 0; points of both kinds may be
     mixed in a batch.
     At t = 1 nothing is singular. The last step, to t_next = 0, has no noise at any level (mean x0,

@@ -40,8 +40,10 @@ class Whole(Window):
     def count(self, total: int) -> int:
         count = total if self.options.last else total - 1
         if count < 1:
-            without = "" if self.options.last else " without its last"
-            raise ValueError(f"a rollout of {total} steps{without} has none to train")
+            raise ValueError(
+                f"the window has no step to train: last = {str(self.options.last).lower()}, and a "
+                f"rollout has {total} steps"
+            )
         return count
 
 
