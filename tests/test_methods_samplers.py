@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from unigrpo_methods.schedulers import cps, dance_sde, ode
+from unigrpo_methods.schedulers import cps, dance_sde, flow_sde, ode
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.interfaces import Scheduler
@@ -79,6 +79,18 @@ def test_at_noise_0_they_are_exactly_the_ode(scheduler: Scheduler) -> None:
     step = scheduler.transition(v, x, t, t_next, mixed)
     assert torch.equal(step.mean[:, ::2], euler[:, ::2])
     assert (step.std[:, 1:9:2] > 0).all()
+
+
+def test_dance_sde_is_flow_sde_at_a_noise_level_that_makes_its_rate_constant() -> None:
+    """sigma_t = a sqrt(t / (1 - t)) is eta for a = eta sqrt((1 - t) / t); t = 1 left out."""
+    t, t_next, eta = (one[:, 1:] for one in steps_of(DANCE, 0.3, torch.float64))
+    v, x = normals(1, 9, 4, 5, seed=1).double(), normals(1, 9, 4, 5, seed=2).double()
+    dance = DANCE.transition(v, x, t, t_next, eta)
+    flow = flow_sde.build(flow_sde.FlowSDEOptions()).transition(
+        v, x, t, t_next, eta * ((1 - t) / t).sqrt()
+    )
+    torch.testing.assert_close(dance.mean, flow.mean, atol=1e-13, rtol=0)
+    torch.testing.assert_close(dance.std, flow.std, atol=1e-13, rtol=0)
 
 
 def test_the_last_step() -> None:
