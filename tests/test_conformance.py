@@ -10,8 +10,10 @@ import tiny_clip
 import tiny_lm
 import tiny_painters
 from unigrpo_board.prompts import BoardPrompts
+from unigrpo_methods.schedulers import cps
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.interfaces import Scheduler
 from unigrpo_core.records import Prompt
 from unigrpo_core.testing import (
     AdvantageConformance,
@@ -116,6 +118,17 @@ class TestFlowSDEOnTheGridOfDiffusers(SchedulerConformance):
     options: ClassVar = {"grid": "diffusers"}
 
 
+class TestDanceSDE(SchedulerConformance):
+    use = "dance_sde"
+
+
+class TestCPS(SchedulerConformance):
+    use = "cps"
+    expected_failures: ClassVar = {
+        "test_stochastic_is_true": "std = t_next sin(noise pi / 2): the last step, to 0, has none"
+    }
+
+
 class TestODE(SchedulerConformance):
     use = "ode"
 
@@ -127,6 +140,28 @@ class TestRandomWindow(WindowConformance):
 class TestFixedWindow(WindowConformance):
     use = "fixed"
     options: ClassVar = {"steps": [0, 2, 7]}
+
+
+class TestSlidingWindow(WindowConformance):
+    use = "sliding"
+
+
+class TestSlidingWindowInsideAPart(WindowConformance):
+    use = "sliding"
+    options: ClassVar = {"size": 3, "begin": 1, "end": 7, "stride": 2, "every": 1}
+
+
+class TestScatteredWindow(WindowConformance):
+    use = "scattered"
+
+
+class TestWholeWindow(WindowConformance):
+    use = "all"
+
+
+class TestWholeWindowWithoutTheLastStep(WindowConformance):
+    use = "all"
+    options: ClassVar = {"last": False}
 
 
 class TestNoGuidance(GuidanceConformance):
@@ -225,12 +260,57 @@ class TestReFL(ImageObjectiveConformance):
     }
 
 
+class UnderCPS:
+    """Points that CPS sampled."""
+
+    def scheduler(self) -> Scheduler:
+        return cps.build(cps.CPSOptions())
+
+
+class TestFlowGRPOUnderCPS(UnderCPS, ImageObjectiveConformance):
+    use = "flow_grpo"
+    options: ClassVar = {"clip_range": 1e-4, "clip_unit": "latent^2"}
+
+
+class TestFlowGRPOWithRatioNormUnderCPS(UnderCPS, ImageObjectiveConformance):
+    use = "flow_grpo"
+    options: ClassVar = {"ratio_norm": True}
+
+
+class TestGRPOGuard(ImageObjectiveConformance):
+    use = "grpo_guard"
+
+
+class TestTempFlow(ImageObjectiveConformance):
+    use = "tempflow"
+    options: ClassVar = {"clip_range": 1e-4, "scale": 1.73}
+
+
+class TestTempFlowWithRatioNorm(ImageObjectiveConformance):
+    use = "tempflow"
+    options: ClassVar = {"ratio_norm": True}
+
+
+class TestFlowDPPO(ImageObjectiveConformance):
+    use = "flow_dppo"
+
+
+class TestFlowDPPOUnderCPS(UnderCPS, ImageObjectiveConformance):
+    use = "flow_dppo"
+    options: ClassVar = {"threshold": 1e-7}
+
+
 class TestVelocityMSE(FlowRegularizerConformance):
     use = "velocity_mse"
 
 
 class TestLatentKL(FlowRegularizerConformance):
     use = "latent_kl"
+
+
+class TestLatentKLWithoutDt(FlowRegularizerConformance):
+    use = "latent_kl"
+    options: ClassVar = {"form": "without_dt"}
 
 
 class TestTextKL(TokenRegularizerConformance):

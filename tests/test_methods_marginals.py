@@ -1,4 +1,4 @@
-"""Marginals of the stochastic sampler, where the exact velocity is known: Gaussian data.
+"""Marginals of the stochastic samplers, where the exact velocity is known: Gaussian data.
 
 Data are N(DATA_MEAN, DATA_STD^2), so x_t is Gaussian too, and the velocity, the expectation of
 noise - data given x_t, is linear in x_t. A step then maps a Gaussian to a Gaussian, whose mean and
@@ -13,33 +13,45 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from unigrpo_methods.schedulers import flow_sde
+from unigrpo_methods.schedulers import cps, dance_sde, flow_sde
+
+from unigrpo_core.interfaces import Scheduler
 
 SDE = flow_sde.build(flow_sde.FlowSDEOptions())
+DANCE = dance_sde.build(dance_sde.DanceSDEOptions())
+CPS = cps.build(cps.CPSOptions())
 DATA_MEAN, DATA_STD = 0.5, 0.4
 MANY = 25_600
 
 
-def variance(t: Tensor) -> Tensor:
+def variance(t: Tensor, data_std: float = DATA_STD) -> Tensor:
     """Of x_t = (1 - t) data + t noise."""
-    return (1 - t) ** 2 * DATA_STD**2 + t**2
+    return (1 - t) ** 2 * data_std**2 + t**2
 
 
-def velocity(x: Tensor, t: Tensor) -> Tensor:
+def velocity(x: Tensor, t: Tensor, data_std: float = DATA_STD) -> Tensor:
     """E[noise - data | x_t = x]: the regression line of two jointly Gaussian variables."""
-    slope = (t - (1 - t) * DATA_STD**2) / variance(t)
+    slope = (t - (1 - t) * data_std**2) / variance(t, data_std)
     return slope * (x - (1 - t) * DATA_MEAN) - DATA_MEAN
 
 
 class Path:
     """Mean and std of x after every step from pure noise, beside the true ones; float64 [T]."""
 
-    def __init__(self, steps: int, noise_level: float, shift: float = 1.0) -> None:
-        times = SDE.times(steps, shift)
+    def __init__(
+        self,
+        steps: int,
+        noise_level: float,
+        shift: float = 1.0,
+        scheduler: Scheduler = SDE,
+        data_std: float = DATA_STD,
+    ) -> None:
+        times = scheduler.times(steps, shift)
         t, t_next = times[:-1].expand(2, -1), times[1:].expand(2, -1)
         noise = torch.full_like(t, noise_level)
         x = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, steps)
-        step = SDE.transition(velocity(x, t)[..., None], x[..., None], t, t_next, noise)
+        v = velocity(x, t, data_std)[..., None]
+        step = scheduler.transition(v, x[..., None], t, t_next, noise)
         at_0, at_1 = step.mean[..., 0].tolist()
         mean, var, found = 0.0, 1.0, []
         for low, high, std in zip(at_0, at_1, step.std[0, :, 0].tolist(), strict=True):
@@ -49,8 +61,9 @@ class Path:
         self.mean, found_variance = np.array(found).T
         self.std = np.sqrt(found_variance)
         self.true_mean = (1 - self.t) * DATA_MEAN
-        self.true_std = variance(times[1:]).sqrt().numpy()
-        self.excess = found_variance / variance(times[1:]).numpy() - 1  # of the variance
+        true = variance(times[1:], data_std).numpy()
+        self.true_std = np.sqrt(true)
+        self.excess = found_variance / true - 1  # of the variance
 
     def away(self, *, up_to: float = 1.0) -> float:
         """The largest |std / true std - 1| at times t <= ``up_to``."""
@@ -116,6 +129,54 @@ def test_the_excess_that_the_docstring_gives_for_the_papers_noise_level() -> Non
     assert "T^-min(a^2, 1)" in text
     path = Path(25, 0.8, shift=3.0)
     assert path.excess[:5].max() == path.excess[1] > 0.15
+
+
+@pytest.mark.parametrize("scheduler", [DANCE, CPS])
+@pytest.mark.parametrize("noise_level", [0.3, 1.0])
+def test_means_of_the_other_samplers_are_exact(scheduler: Scheduler, noise_level: float) -> None:
+    for steps in (1, 7, 100):
+        path = Path(steps, noise_level, 3.0, scheduler)
+        np.testing.assert_allclose(path.mean, path.true_mean, atol=1e-14)
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 0.8, 1.2])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_dance_sde_converges_to_all_marginals_as_1_over_steps(
+    noise_level: float, shift: float
+) -> None:
+    coarse, fine = (
+        Path(steps, noise_level, shift, DANCE).away() for steps in (MANY // 16, MANY // 4)
+    )
+    assert fine < 5e-4
+    assert coarse / fine == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 3, 25])
+def test_cps_keeps_every_marginal_of_data_that_are_a_point(noise_level: float, steps: int) -> None:
+    path = Path(steps, noise_level, 3.0, CPS, data_std=1e-9)
+    np.testing.assert_allclose(path.std[:-1], path.t[:-1], rtol=1e-13)
+    assert path.std[-1] < 1e-8
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 0.8, 1.0])
+def test_cps_is_too_narrow_for_other_data_by_the_documented_factor(noise_level: float) -> None:
+    c = np.cos(noise_level * np.pi / 2)
+    far, at_the_end = [], []
+    for steps in (MANY // 16, MANY // 4, MANY):
+        path = Path(steps, noise_level, 1.0, CPS)
+        square = path.t**2 / path.true_std**2
+        limit = (1 + c) / (2 - (1 - c) * square)
+        off = np.abs(path.excess + 1 - limit)
+        far.append(off[path.t > 0.3].max())
+        at_the_end.append(off[-1])
+    assert limit[-1] == (1 + c) / 2
+    assert far[2] < 1e-3
+    for found, rate in ((far, 1), (at_the_end, 2 / 3)):
+        for coarse, fine in pairwise(found):
+            assert np.log(coarse / fine) / np.log(4) == pytest.approx(rate, abs=0.05)
+    assert "(.65 V at eta = .8)" in (cps.__doc__ or "")
+    assert (1 + np.cos(0.4 * np.pi)) / 2 == pytest.approx(0.65, abs=0.005)
 
 
 def test_samples_have_the_mean_and_std_computed_here() -> None:

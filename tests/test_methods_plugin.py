@@ -12,9 +12,18 @@ from unigrpo_core.plugin import KINDS, Provider
 
 EXPECTED = {
     "unigrpo_text_objectives": {"grpo", "dr_grpo", "dapo", "gspo", "cispo"},
-    "unigrpo_image_objectives": {"flow_grpo", "diffusion_nft", "awm", "fpo", "refl"},
-    "unigrpo_schedulers": {"flow_sde", "ode"},
-    "unigrpo_windows": {"fixed", "random"},
+    "unigrpo_image_objectives": {
+        "flow_grpo",
+        "grpo_guard",
+        "tempflow",
+        "flow_dppo",
+        "diffusion_nft",
+        "awm",
+        "fpo",
+        "refl",
+    },
+    "unigrpo_schedulers": {"flow_sde", "dance_sde", "cps", "ode"},
+    "unigrpo_windows": {"fixed", "random", "sliding", "scattered", "all"},
     "unigrpo_guidance": {"none", "cfg"},
     "unigrpo_regularizers": {"velocity_mse", "latent_kl", "text_kl", "entropy"},
     "unigrpo_advantages": {"group_norm", "leave_one_out", "gdpo"},
@@ -42,6 +51,7 @@ from unigrpo_methods import hooks
 
 valid = {
     "flow_grpo": {"clip_range": 1e-6},
+    "tempflow": {"clip_range": 1e-6},
     "fixed": {"steps": (0, 1)},
     "dr_grpo": {"max_tokens": 8},
 }
@@ -49,7 +59,7 @@ built = {}
 for hook in KINDS.values():
     for provider in getattr(hooks, hook, lambda: ())():
         built[provider.name] = provider.build(provider.options(**valid.get(provider.name, {})))
-assert len(built) == 23, sorted(built)
+assert len(built) == 31, sorted(built)
 assert built["flow_sde"].stochastic and not built["ode"].stochastic
 assert built["random"].count(8) == 3 and built["fixed"].count(8) == 2
 assert built["cfg"].branches == ("text",) and built["none"].branches == ()

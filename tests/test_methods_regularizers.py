@@ -72,6 +72,18 @@ def test_latent_kl_is_velocity_mse_times_the_documented_factor() -> None:
     torch.testing.assert_close(kl, mse * factor, atol=0, rtol=1e-6)
 
 
+def test_latent_kl_without_dt_is_that_of_flow_grpos_code() -> None:
+    step = flow_step(*velocities())
+    # sigma^2 by hand, without the .2 of dt: .64 * .8 / .2 and .64 * .5 / .5
+    sigma_square = torch.tensor([2.56, 0.64]).double()
+    gap = step.transition.mean - step.transition_anchor.mean
+    expected = gap.square().mean((2, 3)) / (2 * sigma_square)
+    ours = latent_kl.build(latent_kl.LatentKLOptions(form="without_dt"))(step)
+    torch.testing.assert_close(ours, expected, atol=0, rtol=1e-6)
+    exact = latent_kl.build(latent_kl.LatentKLOptions())(step)
+    torch.testing.assert_close(ours, 0.2 * exact)
+
+
 def token_step(logps: Tensor, anchor: Tensor) -> TokenStep:
     mask = torch.ones_like(logps, dtype=torch.bool)
     mask[:, -1] = False

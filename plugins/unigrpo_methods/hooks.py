@@ -13,15 +13,18 @@ from unigrpo_methods.objectives import (
     dapo,
     diffusion_nft,
     dr_grpo,
+    flow_dppo,
     flow_grpo,
     fpo,
     grpo,
+    grpo_guard,
     gspo,
     refl,
+    tempflow,
 )
 from unigrpo_methods.regularizers import entropy, latent_kl, text_kl, velocity_mse
-from unigrpo_methods.schedulers import flow_sde, ode
-from unigrpo_methods.windows import fixed, random
+from unigrpo_methods.schedulers import cps, dance_sde, flow_sde, ode
+from unigrpo_methods.windows import fixed, random, scattered, sliding, whole
 
 
 @hookimpl
@@ -40,11 +43,16 @@ def unigrpo_image_objectives() -> Iterator[Provider]:
     yield awm.PROVIDER
     yield fpo.PROVIDER
     yield refl.PROVIDER
+    yield grpo_guard.PROVIDER
+    yield tempflow.PROVIDER
+    yield flow_dppo.PROVIDER
 
 
 @hookimpl
 def unigrpo_schedulers() -> Iterator[Provider]:
     yield flow_sde.PROVIDER
+    yield dance_sde.PROVIDER
+    yield cps.PROVIDER
     yield ode.PROVIDER
 
 
@@ -52,6 +60,9 @@ def unigrpo_schedulers() -> Iterator[Provider]:
 def unigrpo_windows() -> Iterator[Provider]:
     yield fixed.PROVIDER
     yield random.PROVIDER
+    yield sliding.PROVIDER
+    yield scattered.PROVIDER
+    yield whole.PROVIDER
 
 
 @hookimpl

@@ -22,13 +22,16 @@ Convention
     RatioNorm log-ratio by that rms / sqrt(d), so its bound is given as ``clip_radius``, the rms
     itself: c = clip_radius / sqrt(d). The paper's 1e-6 is a radius of about 5.1e-4 at d = 262,144.
     The points are the stored steps of the sampler; ratio and clip are evaluated through expm1.
+    Under a scheduler whose log-ratio leaves the variance out (``cps``) the plain ratio is that one,
+    as in Flow-GRPO's code, and its clip range is stated with clip_unit = "latent^2".
 
 Deviations and readings
     1. Eq 5 writes ||delta||^2, a sum, beside a log-ratio whose reduction the paper leaves open;
        both are means here, as in the code of Flow-GRPO and GRPO-Guard.
     2. Eq 5's text has the drift against the reference policy; its formula, used here, against the
        old one.
-    3. GRPO-Guard's further division of the loss by the step's dt is not part of Eq 6 and not done.
+    3. GRPO-Guard's further division of the loss by the step's dt is not part of Eq 6 and not done
+       (see ``grpo_guard``).
     4. The term -beta_img KL of Eq 6 is a regularizer (``latent_kl``, ``velocity_mse``).
     5. The log-ratio is limited to +-20 (see ``surrogate``).
 """
@@ -37,44 +40,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
-from typing import TYPE_CHECKING, ClassVar, Self
-
-from pydantic import model_validator
+from typing import TYPE_CHECKING, ClassVar
 
 from unigrpo_core.interfaces import ImageObjective, Scheduler
 from unigrpo_core.keys import Key
-from unigrpo_core.plugin import Field, Options, Provider
-from unigrpo_core.records import ImageSegment, Points
+from unigrpo_core.plugin import Provider
+from unigrpo_core.records import ImageSegment, Points, Unit
+from unigrpo_methods.objectives import steps
 from unigrpo_methods.objectives.surrogate import clipped_surrogate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PAPER_RADIUS = 5.1e-4
 
-
-class FlowGRPOOptions(Options):
-    ratio_norm: bool = Field(False, description="take Eq 5's RatioNorm in place of the plain ratio")
-    clip_range: float | None = Field(
-        None, gt=0, description="bound c on |ratio - 1| of a step, > 0 (no unit); absolute"
-    )
-    clip_radius: float | None = Field(
-        None,
-        gt=0,
-        description="with ratio_norm: c = clip_radius / sqrt(latent elements), > 0, in latent "
-        f"units (rms drift of the mean); {PAPER_RADIUS} if neither bound is given",
-    )
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> Self:
-        if self.clip_range is not None and self.clip_radius is not None:
-            raise ValueError("clip_range and clip_radius are two ways to say one bound; give one")
-        if not self.ratio_norm and self.clip_radius is not None:
-            raise ValueError("clip_radius needs ratio_norm = true; a plain ratio takes clip_range")
-        if not self.ratio_norm and self.clip_range is None:
-            raise ValueError("clip_range is required, unless ratio_norm = true (then clip_radius)")
-        return self
+class FlowGRPOOptions(steps.RatioOptions):
+    """The ratio and its bound."""
 
 
 @dataclass(frozen=True)
@@ -82,39 +62,22 @@ class FlowGRPO(ImageObjective):
     """Per-step clipped surrogate, averaged over the trained steps."""
 
     options: FlowGRPOOptions
+    unit: Unit | None
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
-        return Points(
-            x_t=segment.x_t,
-            t=segment.t,
-            t_next=segment.t_next,
-            noise_level=segment.noise_level,
-            x_next=segment.x_next,
-            old_mean=segment.old_mean,
-            kernel=scheduler.transition,
-        )
+        return steps.segment_points(segment, scheduler)
 
     def log_ratio(self, points: Points, v: Tensor) -> Tensor:
-        transition = points.transition(v)
-        if not self.options.ratio_norm:
-            return transition.log_ratio(points.x_next, points.old_mean)
-        noise = (points.x_next - points.old_mean) / transition.std
-        return ((transition.mean - points.old_mean) * noise).flatten(2).mean(2)
+        return steps.log_ratio(self.options, points, v)
 
     def clip_range(self, latent_elements: int) -> float:
-        if self.options.clip_range is not None:
-            return self.options.clip_range
-        return (self.options.clip_radius or PAPER_RADIUS) / sqrt(latent_elements)
+        options = self.options
+        return steps.bound(options.clip_range, options.clip_radius, latent_elements)
 
     def trust_radius(self, points: Points) -> Tensor:
-        # The noise makes the log-ratio of a drift vary by rms / sqrt(d), over std if plain.
-        elements = points.x_t.shape[2:].numel()
-        radius = self.clip_range(elements) * sqrt(elements)
-        if self.options.ratio_norm:
-            return points.t.new_full(points.t.shape, radius)
-        # std does not depend on the velocity: any will do.
-        return radius * points.transition(points.x_t).std.flatten(2).mean(2)
+        bound = self.clip_range(points.x_t.shape[2:].numel())
+        return steps.trust_radius(points, bound, ratio_norm=self.options.ratio_norm)
 
     def loss(
         self,
@@ -133,7 +96,7 @@ class FlowGRPO(ImageObjective):
 
 
 def build(options: FlowGRPOOptions) -> FlowGRPO:
-    return FlowGRPO(options)
+    return FlowGRPO(options, options.unit)
 
 
 PROVIDER = Provider(

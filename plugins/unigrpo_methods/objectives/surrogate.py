@@ -1,4 +1,4 @@
-"""PPO's clipped surrogate, shared by the objectives of the GRPO family.
+"""PPO's clipped surrogate and its ratio, shared by the objectives.
 
 Mathematics
     With ratio = 1 + e and A the advantage, min(ratio A, clip(ratio, 1 - l, 1 + h) A) equals
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 LOG_RATIO_LIMIT = 20.0
 
 
+def ratio_change(log_ratio: Tensor) -> Tensor:
+    """ratio - 1, per element."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).expm1()
+
+
 def clipped_surrogate(
     log_ratio: Tensor, advantages: Tensor, low: float, high: float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -31,7 +36,7 @@ def clipped_surrogate(
     - ``clip_fraction``: 1 where the clipped branch was chosen, so where the gradient stops, else 0;
     - ``ratio_deviation``: |ratio - 1|.
     """
-    change = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).expm1()
+    change = ratio_change(log_ratio)
     gain = change * advantages
     clipped = change.clamp(-low, low if high is None else high) * advantages
     values = -(advantages + gain.minimum(clipped))

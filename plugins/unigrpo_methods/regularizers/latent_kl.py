@@ -12,17 +12,17 @@ Convention
     stochastic steps (std > 0).
 
 Deviations and readings
-    1. The code of Flow-GRPO divides by 2 sigma_t^2, without dt: that is dt times this. Here dt is
-       included, so a weight taken from there is to be multiplied by dt.
+    1. The code of Flow-GRPO divides by 2 sigma_t^2, without dt: that is dt = t - t_next times this,
+       and is form = "without_dt". A weight taken from there belongs to that form.
     2. UniGRPO's weight for Fig 5 is not given.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from unigrpo_core.interfaces import FlowRegularizer
-from unigrpo_core.plugin import Options, Provider
+from unigrpo_core.plugin import Field, Options, Provider
 from unigrpo_core.records import FlowStep
 
 if TYPE_CHECKING:
@@ -30,24 +30,34 @@ if TYPE_CHECKING:
 
 
 class LatentKLOptions(Options):
-    """There is nothing to choose; weight, anchor and place belong to the recipe's slot."""
+    """Weight, anchor and place belong to the recipe's slot."""
+
+    form: Literal["exact", "without_dt"] = Field(
+        "exact",
+        description='"exact", or "without_dt": dt times that, as in the code of Flow-GRPO',
+    )
 
 
-def penalty(step: FlowStep) -> Tensor:
+def exact(step: FlowStep) -> Tensor:
     """[B, K]."""
     gap = step.transition.mean - step.transition_anchor.mean
     return (gap.square() / (2 * step.transition.std.square())).flatten(2).mean(2)
 
 
+def without_dt(step: FlowStep) -> Tensor:
+    """[B, K]."""
+    return exact(step) * (step.t - step.t_next)
+
+
 def build(options: LatentKLOptions) -> FlowRegularizer:
-    return penalty
+    return exact if options.form == "exact" else without_dt
 
 
 PROVIDER = Provider(
     name="latent_kl",
     options=LatentKLOptions,
     build=build,
-    summary="exact Gaussian KL of a step from the anchor's, mean over latent elements",
+    summary="Gaussian KL of a step from the anchor's, exact or without dt",
     needs=("transition_anchor", "std"),
     cite="Flow-GRPO arXiv 2505.05470; UniGRPO arXiv 2603.23500 Eq 6",
 )
