@@ -63,7 +63,10 @@ def window(options: WindowOptions) -> interfaces.Window:
             raise ValueError(f"range {list(options.range)} does not fit into {total} steps")
         return options.size
 
-    return concrete(interfaces.Window, count=count)()
+    def steps(self: object, total: int, key: object, rollout: int) -> tuple[int, ...]:
+        return tuple(range(*options.range))[: options.size]
+
+    return concrete(interfaces.Window, count=count, steps=steps)()
 
 
 def scheduler(stochastic: bool, **facts: object):
@@ -136,6 +139,7 @@ def unigrpo_schedulers():
     yield Provider("sde", scheduler(True))
     yield Provider("ode", scheduler(False))
     yield Provider("squares", scheduler(True, unit="latent^2"))
+    yield Provider("ends", scheduler(True, last_step=False, most_noise=1.0))
 
 
 @hookimpl

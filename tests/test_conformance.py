@@ -124,9 +124,6 @@ class TestDanceSDE(SchedulerConformance):
 
 class TestCPS(SchedulerConformance):
     use = "cps"
-    expected_failures: ClassVar = {
-        "test_stochastic_is_true": "std = t_next sin(noise pi / 2): the last step, to 0, has none"
-    }
 
 
 class TestODE(SchedulerConformance):

@@ -160,6 +160,19 @@ def test_what_is_right(broken, overrides):
             "image.regularizers.0.anchor",
             "there is no moving average of the weights: set ema.decay",
         ),
+        (
+            ("image.scheduler={use='ends', steps=8, noise_level=1.5}",),
+            "image.scheduler.noise_level",
+            "'ends' takes noise levels up to 1, got 1.5",
+        ),
+        (
+            (
+                "image.scheduler={use='ends', steps=8, noise_level=0.8}",
+                "image.window={use='random', size=1, range=[7, 8]}",
+            ),
+            "image.window",
+            "the last step of image.scheduler 'ends' has no noise, and this window has rollout 1",
+        ),
         (("ema.sample=true",), "ema.sample", "there is no moving average of the weights"),
         (
             (

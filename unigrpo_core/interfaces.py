@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self, final
 
@@ -195,6 +196,8 @@ class Scheduler(ABC):
 
     stochastic: ClassVar[bool]  # False: std is 0 at every noise level
     unit: ClassVar[Unit] = "nats"  # of its log-ratios: of densities, or of squared distances alone
+    last_step: ClassVar[bool] = True  # False: the step to t = 0 has std 0 at every noise level
+    most_noise: ClassVar[float] = inf  # the highest noise level that it takes
 
     @abstractmethod
     def times(self, steps: int, shift: float) -> Tensor:

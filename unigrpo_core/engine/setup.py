@@ -164,14 +164,16 @@ def with_policy(
         advantage=_optional(recipe.advantage) if recipe.train else None,
         text_objective=_optional(text.objective) if train_text else None,
         text_regularizers=tuple(
-            TextRegularizer(slot.use, slot.weight, slot.anchor, checked(slot.who, slot.build()))
+            TextRegularizer(
+                slot.use, slot.weight, slot.compares_with, checked(slot.who, slot.build())
+            )
             for slot in text.regularizers
             if train_text and slot.weight
         ),
         image_objective=_optional(image.objective) if train_image else None,
         image_regularizers=tuple(
             ImageRegularizer(
-                slot.use, slot.weight, slot.anchor, slot.on, checked(slot.who, slot.build())
+                slot.use, slot.weight, slot.compares_with, slot.on, checked(slot.who, slot.build())
             )
             for slot in image.regularizers
             if train_image and slot.weight

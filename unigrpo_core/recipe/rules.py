@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_core.errors import PluginError, UserError
-from unigrpo_core.interfaces import ImageObjective
+from unigrpo_core.interfaces import ImageObjective, Scheduler, Window
+from unigrpo_core.keys import Key
 from unigrpo_core.recipe.positions import KeyPath
 from unigrpo_core.recipe.schema import (
     EXPERT_OF,
@@ -25,6 +26,9 @@ from unigrpo_core.recipe.schema import (
 from unigrpo_core.records import FlowStep, TokenStep
 
 _EPISODES = (("think", "draw"), ("draw",), ("think",))
+ROLLOUTS = 1000
+"""Rollouts whose windows are looked at, from the first on."""
+
 _VIEWS: KeyPath = ("evaluation", "views")
 
 _TOKEN_FIELDS = frozenset(field.name for field in fields(TokenStep))
@@ -291,6 +295,33 @@ def _turns(recipe: Recipe) -> Broke:
         yield Broken(("updates", "turns"), message)
 
 
+def _noise(recipe: Recipe) -> Broke:
+    """What a scheduler can do: of noise so much, and perhaps none in the last step."""
+    slot, window, objective = recipe.image.scheduler, recipe.image.window, recipe.image.objective
+    if slot is None or "draw" not in recipe.episode:
+        return
+    scheduler: Scheduler = _built(slot, ("image", "scheduler"))
+    if slot.noise_level > scheduler.most_noise:
+        message = (
+            f"{slot.use!r} takes noise levels up to {scheduler.most_noise:g}, "
+            f"got {slot.noise_level:g}"
+        )
+        yield Broken(("image", "scheduler", "noise_level"), message)
+    trains = objective and "std" in objective.component.provider.needs
+    if scheduler.last_step or not trains or window is None or "image" not in recipe.train:
+        return
+    built: Window = _built(window, ("image", "window"))
+    for step in range(1, min(recipe.steps, ROLLOUTS) + 1):
+        key = Key((recipe.seed, "train", step)).child("window")
+        if slot.steps - 1 in built.steps(slot.steps, key, step):
+            message = (
+                f"the last step of image.scheduler {slot.use!r} has no noise, and this window has "
+                f"rollout {step} train on it; keep it to the steps before {slot.steps - 1}"
+            )
+            yield Broken(("image", "window"), message)
+            return
+
+
 def _why_no_noise(scheduler: SchedulerSlot) -> str:
     """Why no step under this scheduler has noise; empty if some may have."""
     if not _built(scheduler, ("image", "scheduler")).stochastic:
@@ -374,6 +405,7 @@ _METHOD_RULES = (
     _regularizers,
     _branches,
     _objective,
+    _noise,
     _average,
     _turns,
 )

@@ -234,6 +234,12 @@ class RegularizerSlot(Slot):
         "moving average",
     )
 
+    @property
+    def compares_with(self) -> str:
+        """The anchor, if the penalty reads one; else "old", whose values there are anyway."""
+        reads = any(need.endswith("_anchor") for need in self.component.provider.needs)
+        return self.anchor if reads else "old"
+
 
 class FlowRegularizerSlot(RegularizerSlot):
     on: Literal["transition", "conditional"] = Field(

@@ -8,10 +8,9 @@ from math import prod
 
 from unigrpo_core.interfaces import Guidance, ImageObjective, Scheduler, Window
 from unigrpo_core.keys import Key
+from unigrpo_core.recipe.rules import ROLLOUTS
 from unigrpo_core.recipe.schema import Recipe, RegularizerSlot
 from unigrpo_core.workload import PROMPT_TOKENS, Workload
-
-MOST_WINDOWS = 1000  # rollouts that are looked at, from the first on
 
 
 def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
@@ -66,14 +65,14 @@ def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
 
 
 def _anchored(slots: Sequence[RegularizerSlot]) -> bool:
-    return any(slot.anchor == "reference" for slot in slots if slot.weight)
+    return any(slot.compares_with == "reference" for slot in slots if slot.weight)
 
 
 def _windows(recipe: Recipe) -> tuple[tuple[int, ...], ...]:
     """The stochastic steps of the run's rollouts, drawn as the engine draws them; those of the
     first where it takes none."""
     slot, steps = recipe.image.window, recipe.image.scheduler
-    rollouts = range(1, max(1, min(recipe.steps, MOST_WINDOWS)) + 1)
+    rollouts = range(1, max(1, min(recipe.steps, ROLLOUTS)) + 1)
     if slot is None or steps is None:
         return ((),) * len(rollouts)
     window: Window = slot.build()

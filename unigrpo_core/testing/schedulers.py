@@ -101,13 +101,17 @@ class SchedulerConformance(LightConformance):
         torch.testing.assert_close(step.mean.double(), euler, atol=1e-6, rtol=1e-6)
 
     def test_stochastic_is_true(self, component: Scheduler) -> None:
-        """If ``stochastic`` std is above 0 at every step; else it is 0, or noise is refused."""
+        """If ``stochastic`` std is above 0 at every step (0 at the last one, if ``last_step`` is
+        False); else it is 0, or noise is refused."""
         assert isinstance(component.stochastic, bool)
         v, x_t = normal("v", 2, 7, 5, 4), normal("x_t", 2, 7, 5, 4)
         points = self.points(component, self.noise_level)
         if component.stochastic:
             std = component.transition(v, x_t, *points).std
-            assert (std > 0).all(), f"stochastic, and std is {std.flatten().tolist()}"
+            inner, last = std[:, :-1], std[:, -1]
+            assert (inner > 0).all(), f"stochastic, and std is {std.flatten().tolist()}"
+            assert bool((last > 0).all()) == component.last_step, f"std of the last step: {last}"
+            assert self.noise_level <= component.most_noise, f"takes up to {component.most_noise}"
             return
         try:
             std = component.transition(v, x_t, *points).std

@@ -81,6 +81,8 @@ class CPS(Scheduler):
 
     options: CPSOptions
     stochastic: ClassVar[bool] = True
+    last_step: ClassVar[bool] = False
+    most_noise: ClassVar[float] = 1.0
     unit: ClassVar[Unit] = "latent^2"
 
     def times(self, steps: int, shift: float) -> Tensor:
