@@ -43,6 +43,8 @@ class Transformer:
         data: what reads data, so that no gradient goes on to its input.
         early: in the blocks, what reads nothing that adapters have changed.
         attention: FLOPs of all layers' attention for one image.
+        patch: latents of a token's side; None: as the transformer's configuration says.
+        clip: whether it also reads CLIP's tokens.
     """
 
     targets: tuple[str, ...]
@@ -52,6 +54,8 @@ class Transformer:
     data: str
     early: str
     attention: Callable[[Config, Tokens], float]
+    patch: int | None = None
+    clip: bool = False
 
     def tokens(self, name: str, each: Tokens) -> int:
         """How many tokens pass a weight."""
@@ -63,8 +67,8 @@ class Transformer:
 
     def forward(self, shapes: Shapes, config: Config, each: Tokens) -> float:
         """FLOPs of one velocity of one image."""
-        products = sum(self._product(*weight, each) for weight in _products(shapes))
-        return products + self.attention(config, each)
+        multiplied = sum(self._product(*weight, each) for weight in products(shapes))
+        return multiplied + self.attention(config, each)
 
     def training(
         self,
@@ -84,7 +88,7 @@ class Transformer:
             attention_backward: times the forward.
         """
         found = self.attention(config, each) * (1 + attention_backward + recompute)
-        for name, shape in _products(shapes):
+        for name, shape in products(shapes):
             again = recompute and "blocks." in name
             passes = 1 + again + (self._adapted(name) if adapted else self._whole(name))
             found += passes * self._product(name, shape, each)
@@ -102,7 +106,7 @@ class Transformer:
         return 2.0 * self.tokens(name, each) * prod(shape)
 
 
-def _products(shapes: Shapes) -> list[tuple[str, tuple[int, ...]]]:
+def products(shapes: Shapes) -> list[tuple[str, tuple[int, ...]]]:
     """The weights that are multiplied with: of linear layers and convolutions."""
     return [
         (name, shape)
@@ -114,24 +118,25 @@ def _products(shapes: Shapes) -> list[tuple[str, tuple[int, ...]]]:
 # --- kinds ------------------------------------------------------------------------------------
 
 
-def _width(config: Config) -> int:
+def width_of(config: Config) -> int:
+    """Numbers of a token."""
     return int(config["num_attention_heads"] * config["attention_head_dim"])
 
 
 def _sd3(config: Config, each: Tokens) -> float:
     dual = len(config.get("dual_attention_layers") or ())
     pairs = config["num_layers"] * each.all**2 + dual * each.image**2
-    return float(4 * _width(config) * pairs)
+    return float(4 * width_of(config) * pairs)
 
 
 def _flux(config: Config, each: Tokens) -> float:
     layers = config["num_layers"] + config["num_single_layers"]
-    return float(4 * _width(config) * layers * each.all**2)
+    return float(4 * width_of(config) * layers * each.all**2)
 
 
 def _sana(config: Config, each: Tokens) -> float:
     """Linear in the image's tokens; a row of ones beside the values gives the sums."""
-    linear = 4.0 * _width(config) * (config["attention_head_dim"] + 1) * each.image
+    linear = 4.0 * width_of(config) * (config["attention_head_dim"] + 1) * each.image
     cross = config["num_cross_attention_heads"] * config["cross_attention_head_dim"]
     return float(config["num_layers"] * (linear + 4.0 * cross * each.image * each.text))
 
@@ -149,6 +154,7 @@ SD3 = Transformer(
     data=r"pos_embed|context_embedder|linear_1\.",
     early=r"^transformer_blocks\.0\.attn(\.(to|add)_[qkv]\b|2)",
     attention=_sd3,
+    clip=True,
 )
 FLUX = Transformer(
     targets=(  # Flow-GRPO's
@@ -161,6 +167,7 @@ FLUX = Transformer(
     data=r"x_embedder|context_embedder|linear_1\.",
     early=r"^transformer_blocks\.0\.attn\.(to|add)_[qkv]\b",
     attention=_flux,
+    patch=2,
 )
 SANA = Transformer(
     targets=("to_q", "to_k", "to_v"),  # those of diffusers' own training script
