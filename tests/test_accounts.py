@@ -11,11 +11,23 @@ import tiny
 import tiny_lm
 import tiny_painters
 import torch
+from diffusers import SD3Transformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from unigrpo_models.adapters import Adapters
+from unigrpo_models.causal.account import ACTIVATIONS as OF_TEXTS
 from unigrpo_models.causal.counted import Counted
-from unigrpo_models.held import ACTIVATIONS
+from unigrpo_models.causal.provider import PROJECTIONS
+from unigrpo_models.painters.account import ACTIVATIONS
 from unigrpo_models.painters.counted import FLUX, SANA, SD3, Tokens
+from unigrpo_models.targets import bind
 
 from unigrpo_core.catalog import load_catalog
 from unigrpo_core.cli import main, memory
@@ -176,8 +188,6 @@ def test_flops_with_adapters_are_nearly_those_that_torch_counts(recipe, kind):
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_flops_of_a_text_are_those_that_torch_counts(tmp_path, kind):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tiny_lm.write(tmp_path / kind, kind))
     sizes = Counted(json.loads((tmp_path / kind / "config.json").read_text()), shapes_of(model))
     ids = torch.arange(3 * 7).view(3, 7)
@@ -209,8 +219,9 @@ def parts_of(found):
     return {part.name: part.bytes for part in found.memory}
 
 
-@pytest.mark.parametrize("name", [*KINDS, "lm"])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "rank"), [("sd3", 0), ("sd3", 2), ("flux", 2), ("sana", 0), ("lm", 0), ("lm", 2)]
+)
 def test_bytes_are_those_of_the_tensors(recipe, account, name, rank):
     option = (f"policy.lora_rank={rank}",)
     setup = build_setup(recipe(name, *option))
@@ -239,37 +250,92 @@ def test_what_is_not_loaded_and_what_waits_on_the_host(account):
     assert "image: optimizer" not in frozen
 
 
-def test_activations_are_about_what_autograd_keeps(models):
-    """Of heads as wide as in published models, and blocks enough that the ends do not matter."""
-    from diffusers import SD3Transformer2DModel
+@pytest.mark.parametrize(("size", "adapters"), list(ACTIVATIONS))
+def test_activations_are_about_what_autograd_keeps(size, adapters):
+    """Of blocks with heads as wide as in published models: the difference of two networks."""
+    each, held, numbers = Tokens(64, 20), [], []
 
-    sizes = dict(in_channels=16, out_channels=16, num_layers=8, joint_attention_dim=64)
-    sizes |= dict(attention_head_dim=64, num_attention_heads=2, caption_projection_dim=128)
-    network = SD3Transformer2DModel(
-        **sizes, pooled_projection_dim=8, pos_embed_max_size=16, qk_norm="rms_norm"
-    )
+    def painted(network):
+        network(
+            torch.randn(1, 16, 16, 16),
+            encoder_hidden_states=torch.randn(1, each.text, 64),
+            pooled_projections=torch.randn(1, 8),
+            timestep=torch.ones(1),
+        )
+
+    for layers in (2, 4):
+        network = SD3Transformer2DModel(
+            num_layers=layers,
+            num_attention_heads=2,
+            caption_projection_dim=128,
+            joint_attention_dim=64,
+            pooled_projection_dim=8,
+            pos_embed_max_size=16,
+            dual_attention_layers=tuple(range(layers // 2)),
+            qk_norm="rms_norm",
+        )
+        matrices = {
+            name: shape
+            for name, shape in shapes_of(network).items()
+            if "blocks." in name and name.endswith("weight") and len(shape) == 2
+        }
+        if adapters:
+            adapt(network, SD3.targets, matrices, size)
+        held.append(kept(network, size, painted))
+        numbers.append(sum(SD3.tokens(name, each) * sum(x) for name, x in matrices.items()))
+    expected = ACTIVATIONS[size, adapters] * (numbers[1] - numbers[0])
+    assert expected == pytest.approx(held[1] - held[0], rel=1 / 6)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize(("size", "adapters"), list(OF_TEXTS))
+def test_activations_of_a_text_likewise(kind, size, adapters):
+    held, numbers = [], []
+    for layers in (2, 4):
+        sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": layers}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 60}
+        family = {
+            "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+            "llama": (LlamaConfig, LlamaForCausalLM),
+        }
+        config, made = family[kind]
+        model = made(config(**sizes, head_dim=64))
+        counted = Counted(model.config.to_dict(), shapes_of(model))
+        if adapters:
+            adapt(model, PROJECTIONS, [name for name, *_ in counted.matrices], size)
+        ids = torch.arange(50)[None]
+        held.append(kept(model, size, lambda model, ids=ids: model.model(ids, use_cache=False)[0]))
+        numbers.append(50 * sum(sum(shape) for _, shape, _ in counted.matrices))
+    expected = OF_TEXTS[size, adapters] * (numbers[1] - numbers[0])
+    assert expected == pytest.approx(held[1] - held[0], rel=1 / 6)
+
+
+def adapt(network, targets, matrices, size):
+    """Adapters beside a frozen network in the type of computing."""
+    network.to(torch.bfloat16 if size == 2 else torch.float32).requires_grad_(False)
+    Adapters(network, bind("x", targets, [n.removesuffix(".weight") for n in matrices]), 2, 2)
+
+
+def kept(network, size, call):
+    """Bytes that autograd keeps of a pass, without the weights and what autocast casts of them."""
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    cast = {tuple(p.shape)[::turn] for p in network.parameters() for turn in (1, -1)}
     found, alive = {}, []
 
     def pack(x):
         storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
+        weight = x.dtype == torch.bfloat16 and x.ndim == 2 and tuple(x.shape) in cast
+        if storage.data_ptr() not in own and not weight:
             found[storage.data_ptr()] = storage.nbytes()
         alive.append(x)
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        network(
-            torch.randn(1, 16, 16, 16),
-            encoder_hidden_states=torch.randn(1, 12, 64),
-            pooled_projections=torch.randn(1, 8),
-            timestep=torch.ones(1),
-        )
-    each, numbers = Tokens(64, 12), 0
-    for name, shape in shapes_of(network).items():
-        if "blocks." in name and name.endswith("weight") and len(shape) == 2:
-            numbers += SD3.tokens(name, each) * sum(shape)
-    assert ACTIVATIONS[4, False] * numbers == pytest.approx(sum(found.values()), rel=1 / 6)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16, enabled=size == 2),
+    ):
+        alive.append(call(network))
+    return sum(found.values())
 
 
 def test_what_is_computed_again_is_not_kept(account):
@@ -342,12 +408,17 @@ def test_sizes_that_do_not_fit(account):
         account("sd3", "policy.lora_rank=1", "policy.lora_image=['to_z']")
 
 
-def test_a_configuration_with_other_names(models, account, tmp_path):
+def test_a_model_whose_sizes_have_other_names(models, recipe):
     file = models / "lm" / "config.json"
     before = file.read_text()
     try:
         tiny_lm.change(models / "lm", "config.json", hidden_size=None)
-        with pytest.raises(UserError, match="does not state hidden_size"):
-            account("lm")
+        found = memory.take(recipe("lm"), 6)
     finally:
         file.write_text(before)
+    assert str(found).endswith("its configuration does not state hidden_size")
+
+
+def test_a_pipeline_of_another_kind(models, account):
+    with pytest.raises(UserError, match="its transformer is a FluxTransformer2DModel"):
+        account("sd3", f"policy.checkpoint='{models / 'flux'}'")

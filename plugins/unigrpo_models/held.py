@@ -6,21 +6,24 @@ a pass in bfloat16 casts it; what is not trained is in the type of computing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from unigrpo_core.workload import Held, Memory, Workload
 from unigrpo_models.targets import bind
 
 FLOAT32 = 4
+ASSUMED = (
+    "activations are an estimate: with checkpointing 'none' a sixth more or less",
+    "not counted: what adapters multiply, rewards, fragmentation, the CUDA context, evaluation",
+)
 OPTIMIZER_BYTES = 34
 """Bytes that a step of AdamW moves per trained weight: the weight and two moments read and written
 (24), the gradient read twice (8), and a bfloat16 copy of the weight written (2)."""
 
-ACTIVATIONS = {(4, False): 5.2, (2, False): 3.1, (4, True): 3.4, (2, True): 2.0}
+PerNumber = Mapping[tuple[int, bool], float]
 """Bytes kept for the backward pass for every number that goes into a block's matrix or comes out of
-it, by the bytes of a number and whether adapters are trained: measured on transformers here, which
-keep within a sixth of it."""
+it, by the bytes of a number as it is computed and whether adapters are trained."""
 
 
 def bytes_of(load: Workload) -> int:
@@ -75,13 +78,16 @@ def adapted(
 
 
 def activations(
-    load: Workload, lora: bool, kept: float, outputs: float, inputs: float, widest: float
+    load: Workload,
+    each: float,
+    kept: Collection[float],
+    outputs: float,
+    inputs: float,
 ) -> float:
-    """Bytes that blocks keep for a backward pass, of numbers that go in and come out of matrices
-    (``kept``), those that come out (``outputs``), the blocks' inputs, and ``kept`` of the widest
-    block, which is there whole while it is computed again."""
-    each = ACTIVATIONS[bytes_of(load), lora]
+    """Bytes that blocks keep for a backward pass, ``each`` of the numbers that go in and come out
+    of matrices: so many a block (``kept``), of which so many come out in all (``outputs``).
+    ``inputs`` are the blocks' own. While a block is computed again it is there whole."""
     if load.checkpointing == "none":
-        return each * kept
+        return each * sum(kept)
     products = bytes_of(load) * outputs if load.checkpointing == "selective" else 0
-    return min(each * kept, FLOAT32 * inputs + products + each * widest)
+    return min(each * sum(kept), FLOAT32 * inputs + products + each * max(kept))

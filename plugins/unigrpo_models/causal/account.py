@@ -11,14 +11,23 @@ from typing import TYPE_CHECKING
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import local_folder
 from unigrpo_core.workload import Account, Memory, Work, Workload
-from unigrpo_models.causal.counted import Counted
+from unigrpo_models.causal.counted import Counted, unstated
 from unigrpo_models.causal.files import CONFIG, FILES, weight_files
-from unigrpo_models.held import OPTIMIZER_BYTES, Trained, activations, adapted, bytes_of
+from unigrpo_models.held import (
+    ASSUMED,
+    OPTIMIZER_BYTES,
+    PerNumber,
+    Trained,
+    activations,
+    adapted,
+    bytes_of,
+)
 from unigrpo_models.stored import stored_shapes
 
 if TYPE_CHECKING:
     from unigrpo_models.causal.provider import CausalOptions
 
+ACTIVATIONS: PerNumber = {(4, False): 4.7, (2, False): 3.2, (4, True): 4.2, (2, True): 2.4}
 LOGITS = 1 << 26  # numbers at a time, in the update
 LOGITS_BYTES = 20  # a number: as computed, scaled, masked, for the sum, and its gradient
 DRAW_BYTES = 32  # a number when tokens are drawn: logits, and three of float64
@@ -26,7 +35,7 @@ DRAW_BYTES = 32  # a number when tokens are drawn: logits, and three of float64
 
 def account(options: CausalOptions, load: Workload) -> Account | str:
     """What a training step of the workload takes; a text if the weights' headers are not there, or
-    the configuration does not say enough.
+    sizes have other names than they mostly have.
 
     Raises:
         UserError: a file is damaged, or a target of the adapters binds nothing.
@@ -38,10 +47,13 @@ def account(options: CausalOptions, load: Workload) -> Account | str:
         return f"sizes are read from the weights' headers: {error}"
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        counted = Counted({**found, **(found.get("text_config") or {})}, stored_shapes(files))
+        config = {**found, **(found.get("text_config") or {})}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
-    return Writing(options, load, counted).account()
+    shapes = stored_shapes(files)
+    if lacks := unstated(config, shapes):
+        return f"sizes of {folder} are not known: {lacks}"
+    return Writing(options, load, Counted(config, shapes)).account()
 
 
 @dataclass(frozen=True)
@@ -63,9 +75,7 @@ class Writing:
             assumptions=(
                 f"every thought has {load.max_tokens} tokens, the most; a prompt takes "
                 f"{load.prompt_tokens}",
-                "activations are an estimate, a sixth more or less",
-                "not counted: what adapters multiply, rewards, fragmentation, the CUDA context, "
-                "evaluation",
+                *ASSUMED,
             ),
         )
 
@@ -120,8 +130,8 @@ class Writing:
                 kept[block[0]] = kept.get(block[0], 0.0) + share * sum(shape[-2:])
                 outputs += share * shape[-2]
         inputs = self.counted.layers * self.counted.width
-        lora = bool(self.trained.adapters)
-        one = activations(self.load, lora, sum(kept.values()), outputs, inputs, max(kept.values()))
+        each = ACTIVATIONS[bytes_of(self.load), bool(self.trained.adapters)]
+        one = activations(self.load, each, kept.values(), outputs, inputs)
         return one * self._rows * self._tokens
 
     # --- work -------------------------------------------------------------------------------------

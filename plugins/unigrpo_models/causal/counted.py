@@ -16,29 +16,28 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from unigrpo_core.errors import UserError
-
 ATTENTION_BACKWARD = 2.5
 """Times the forward, where the kernel computes the scores again."""
 NAMES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+LAYERS = ".layers."
 HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def unstated(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What keeps a model from being counted; empty: nothing."""
+    gone = [name for name in NAMES if not isinstance(config.get(name), int)]
+    if gone:
+        return f"its configuration does not state {', '.join(gone)}"
+    return "" if any(LAYERS in name for name in shapes) else f"no weight is of {LAYERS!r}"
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A model: its configuration as it was saved, and the shapes of its weights.
-
-    Raises:
-        UserError: the configuration lacks a size, or has it under another name.
-    """
+    """A model: its configuration, and the shapes of its weights, with which :func:`unstated` finds
+    nothing wrong."""
 
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
-
-    def __post_init__(self) -> None:
-        gone = [name for name in NAMES if not isinstance(self.config.get(name), int)]
-        if gone:
-            raise UserError(f"its configuration does not state {', '.join(gone)}")
 
     @property
     def layers(self) -> int:
@@ -73,7 +72,7 @@ class Counted:
             for names in (("num_experts", "num_local_experts"), ("num_experts_per_tok",))
         )
         for name, shape in self.shapes.items():
-            if ".layers." in name and len(shape) in (2, 3):
+            if LAYERS in name and len(shape) in (2, 3):
                 yield name, shape, asked / many if ".experts." in name else 1.0
 
     @cached_property

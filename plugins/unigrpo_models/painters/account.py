@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import local_folder
 from unigrpo_core.workload import Account, Calls, Held, Memory, Work, Workload
-from unigrpo_models.held import FLOAT32, OPTIMIZER_BYTES, Trained, activations, adapted, bytes_of
+from unigrpo_models.held import (
+    ASSUMED,
+    FLOAT32,
+    OPTIMIZER_BYTES,
+    PerNumber,
+    Trained,
+    activations,
+    adapted,
+    bytes_of,
+)
 from unigrpo_models.painters.counted import Tokens, Transformer, products, width_of
 from unigrpo_models.painters.folder import (
     FILES,
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from unigrpo_models.painters.provider import PainterOptions
 
 ENCODERS = "text_encoder"
+ACTIVATIONS: PerNumber = {(4, False): 5.2, (2, False): 3.1, (4, True): 3.4, (2, True): 2.0}
 TABLE = "pos_embed.pos_embed"  # never trained
 
 
@@ -70,9 +80,8 @@ class Painting:
             calls=calls,
             images=self.load.images,
             assumptions=(
-                "activations are an estimate, a sixth more or less",
-                "not counted: the text encoders' and the autoencoder's passes, what adapters "
-                "multiply, rewards, fragmentation, the CUDA context, evaluation",
+                *ASSUMED,
+                "not counted either: the text encoders' and the autoencoder's passes",
             ),
             image_tokens=self.each.all,
         )
@@ -84,7 +93,13 @@ class Painting:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        return self._config("transformer")
+        found = self._config("transformer")
+        if found.get("_class_name") != self.kind.name:
+            raise UserError(
+                f"{self.folder}: its transformer is a {found.get('_class_name')}; this policy "
+                f"takes {self.kind.name}"
+            )
+        return found
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -163,8 +178,8 @@ class Painting:
                 kept[block[1]] += tokens * (shape[0] + max(shape[1], shape[0] * (shape[1] == 1)))
                 outputs += tokens * shape[0]
         inputs = len(kept) * self.each.all * width_of(self.config)
-        lora = bool(self.trained.adapters)
-        one = activations(self.load, lora, kept.total(), outputs, inputs, max(kept.values()))
+        each = ACTIVATIONS[bytes_of(self.load), bool(self.trained.adapters)]
+        one = activations(self.load, each, kept.values(), outputs, inputs)
         return one * self.points * self.branches
 
     @property

@@ -38,6 +38,7 @@ class Transformer:
     """A kind of transformer.
 
     Args:
+        name: its class in diffusers.
         targets: the layers that customarily get adapters, by the end of their path.
         once, text, both: what sees one vector, the text, or text and image.
         data: what reads data, so that no gradient goes on to its input.
@@ -47,6 +48,7 @@ class Transformer:
         clip: whether it also reads CLIP's tokens.
     """
 
+    name: str
     targets: tuple[str, ...]
     once: str
     text: str
@@ -147,6 +149,7 @@ JOINT = (
 )
 
 SD3 = Transformer(
+    name="SD3Transformer2DModel",
     targets=JOINT,  # Flow-GRPO's
     once=r"time_text_embed|\.norm\w*\.linear|norm_out",
     text=r"context_embedder|\.add_|to_add_out|ff_context",
@@ -157,6 +160,7 @@ SD3 = Transformer(
     clip=True,
 )
 FLUX = Transformer(
+    name="FluxTransformer2DModel",
     targets=(  # Flow-GRPO's
         *JOINT,
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
@@ -170,6 +174,7 @@ FLUX = Transformer(
     patch=2,
 )
 SANA = Transformer(
+    name="SanaTransformer2DModel",
     targets=("to_q", "to_k", "to_v"),  # those of diffusers' own training script
     once=r"^time_embed",
     text=r"caption_projection|attn2\.to_[kv]",
