@@ -27,14 +27,22 @@ def take(resolved: Resolved, prompt_tokens: int) -> Account | str:
         UserError: the recipe and the policy's sizes do not fit.
         PluginError: the policy's provider fails.
     """
-    return _account(resolved.recipe.policy, workload(resolved.recipe, prompt_tokens))
+    slot = resolved.recipe.policy
+    return _without(slot) or _account(slot, workload(resolved.recipe, prompt_tokens))
+
+
+def _without(slot: PolicySlot) -> str:
+    """Why a policy can have no account; empty: it can."""
+    if slot.component.provider.account is None:
+        return f"{slot.who} has no account of what it takes (see docs/plugins.md, Provider.account)"
+    return ""
 
 
 def _account(slot: PolicySlot, load: Workload) -> Account | str:
     """That of a policy, or of a part of one."""
     provider = slot.component.provider
     if provider.account is None:
-        return f"{slot.who} has no account of what it takes (see docs/plugins.md, Provider.account)"
+        return _without(slot)
     parts = [partial(_account, slot.parts[name]) for name in provider.parts]
     try:
         found = provider.account(slot.options, load, *parts)

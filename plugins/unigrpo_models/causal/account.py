@@ -27,6 +27,7 @@ from unigrpo_models.stored import stored_shapes
 if TYPE_CHECKING:
     from unigrpo_models.causal.provider import CausalOptions
 
+# Measured on Qwen2, Qwen3 and Llama of 128 numbers a token, which keep within a sixth of it.
 ACTIVATIONS: PerNumber = {(4, False): 4.7, (2, False): 3.2, (4, True): 4.2, (2, True): 2.4}
 LOGITS = 1 << 26  # numbers at a time, in the update
 LOGITS_BYTES = 20  # a number: as computed, scaled, masked, for the sum, and its gradient

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from unigrpo_models.painters.provider import PainterOptions
 
 ENCODERS = "text_encoder"
+# Measured on sd3, flux and sana of 128 numbers a token, which keep within a sixth of it.
 ACTIVATIONS: PerNumber = {(4, False): 5.2, (2, False): 3.1, (4, True): 3.4, (2, True): 2.0}
 TABLE = "pos_embed.pos_embed"  # never trained
 
@@ -55,7 +56,8 @@ def account(kind: Transformer, options: PainterOptions, load: Workload) -> Accou
         folder = local_folder("checkpoint", options.checkpoint, FILES)
     except UserError as error:
         return f"sizes are read from the weights' headers: {error}"
-    files = [folder / name for name in weights_of(folder)]
+    named = [folder / name for name in weights_of(folder)]
+    files = [file for file in named if getattr(options, file.parent.name, True)]  # text_encoder_3
     if gone := [file for file in files if not file.is_file()]:
         return f"sizes are read from the weights' headers, and {gone[0]} is not there yet"
     return Painting(kind, options, load, folder, files).account()
@@ -63,7 +65,7 @@ def account(kind: Transformer, options: PainterOptions, load: Workload) -> Accou
 
 @dataclass(frozen=True)
 class Painting:
-    """A workload on a pipeline's folder with these files of weights."""
+    """A workload on a pipeline's folder, of whose weights these files are read."""
 
     kind: Transformer
     options: PainterOptions
@@ -131,12 +133,9 @@ class Painting:
 
     def _beside(self, name: str) -> int:
         """Numbers of the components whose folder is called so, or begins so."""
-        files = [
-            file
-            for file in self.files
-            if file.parent.name.startswith(name) and getattr(self.options, file.parent.name, True)
-        ]
-        return sum(map(prod, (s for file in files for s in stored_shapes([file]).values())))
+        files = [file for file in self.files if file.parent.name.startswith(name)]
+        shapes = [stored_shapes([file]) for file in files]  # whose names may be the same
+        return sum(prod(shape) for each in shapes for shape in each.values())
 
     # --- memory -----------------------------------------------------------------------------------
 
