@@ -178,7 +178,13 @@ def test_plugins(run, monkeypatch):
 
 def test_plugins_of_a_kind(run):
     _, out, _ = run("plugins", "scheduler")
-    assert [line.split()[1] for line in out.splitlines()] == ["name", "ends", "ode", "sde", "squares"]
+    assert [line.split()[1] for line in out.splitlines()] == [
+        "name",
+        "ends",
+        "ode",
+        "sde",
+        "squares",
+    ]
     _, out, _ = run("plugins", "objective")
     kinds = [line.split()[0] for line in out.splitlines()]
     assert set(kinds) == {"kind", "text_objective", "image_objective"}

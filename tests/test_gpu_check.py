@@ -1,8 +1,10 @@
 """``benchmarks/gpu_check.py``: what its rows say, what it drops, and that all of it runs."""
 
+import io
 import json
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -32,18 +34,29 @@ def rows(bench):
     return [json.loads(line) for line in bench.out.read_text().splitlines()]
 
 
-def test_the_miniature_passes_every_case(tmp_path, capsys):
-    from gpu_checks.main import cases, main
+@pytest.fixture(scope="module")
+def miniature(modules, tmp_path_factory):
+    """The exit code of a run of all cases, its rows, and what it printed."""
+    from gpu_checks.main import main
+
+    out, printed = tmp_path_factory.mktemp("gpu") / "rows.jsonl", io.StringIO()
+    threads = torch.get_num_threads()
+    try:
+        with redirect_stdout(printed):
+            code = main(
+                ["--model", "mini", "--device", "cpu", "--budget", "120", "--out", str(out)]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    return code, [json.loads(line) for line in out.read_text().splitlines()], printed.getvalue()
+
+
+def test_the_miniature_passes_every_case(miniature):
+    from gpu_checks.main import cases
     from gpu_checks.rows import PLAIN
     from gpu_checks.scales import mini
 
-    out = tmp_path / "rows.jsonl"
-    threads = torch.get_num_threads()
-    try:
-        code = main(["--model", "mini", "--device", "cpu", "--budget", "60", "--out", str(out)])
-    finally:
-        torch.set_num_threads(threads)
-    head, *found = [json.loads(line) for line in out.read_text().splitlines()]
+    code, (head, *found), printed = miniature
     assert (head["case"], head["model"], head["device"]) == ("header", "mini", "cpu")
     assert head["torch"] == torch.__version__
     assert {"git", "driver", "python"} <= head.keys()
@@ -58,8 +71,37 @@ def test_the_miniature_passes_every_case(tmp_path, capsys):
         if row["floor_ms"]:
             assert row["share_burst"] == pytest.approx(row["floor_ms"] / row["ms"], rel=1e-4)
     assert all(row["reason"] for row in found if row["status"] == "skipped")
-    printed = capsys.readouterr().out
     assert all(f"{row['case']} | {row['config'] or '-'} | " in printed for row in found)
+
+
+def test_a_painter_is_measured_by_its_own_calls_and_steps(miniature):
+    from gpu_checks.painting import GUIDANCE
+
+    found = {row["config"]: row for row in miniature[1] if row["case"] == "12 sd3"}
+    assert [row for row in found.values() if row["status"] != "ok"] == []
+    one, more = found["velocity, B 1"], found["velocity, B 4"]
+    assert one["flop"] == more["flop"] > 0
+    assert one["gb"] == pytest.approx(4 * more["gb"])  # weights are read once a call
+    updates = {name.split()[-1]: row for name, row in found.items() if "update" in name}
+    assert updates["none"]["flop"] == updates["full"]["flop"] < updates["full"]["flop_done"]
+    steps = {name: row for name, row in found.items() if name.endswith("step 2")}
+    assert len(steps) == len(GUIDANCE)
+    for row in steps.values():
+        assert row["images_per_s"] > row["samples_per_s"] < row["updated_per_s"]
+        assert {"denoise", "pixels", "replay forward"} <= row["network_s"].keys()
+
+
+def test_without_diffusers_the_painter_is_skipped(tmp_path, monkeypatch):
+    from gpu_checks import painting
+    from gpu_checks.main import main
+
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(painting, "find_spec", lambda name: None)
+    assert main(["--model", "mini", "--device", "cpu", "--cases", "8,12", "--out", str(out)]) == 0
+    found = {row["case"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert found["8 optimizer"]["status"] == "ok"
+    assert found["12 sd3"]["status"] == "skipped"
+    assert 'pip install "unigrpo[diffusers]"' in found["12 sd3"]["reason"]
 
 
 def test_a_row_stands_beside_the_floor_of_its_work(bench):

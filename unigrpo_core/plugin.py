@@ -26,7 +26,7 @@ from unigrpo_core.hub import Files, HubPath, RecipePath, fetched_folder, local_f
 if TYPE_CHECKING:
     from torch import device, dtype
 
-    from unigrpo_core.workload import Account, Workload
+    from unigrpo_core.workload import Account
 
 __all__ = [
     "Checkpointing",
@@ -112,7 +112,9 @@ class Provider:
         notes: for ``unigrpo check``: told about the options without loading anything, returns what
             the user should know, such as weights that are not there yet.
         account: for policies, what ``unigrpo check --memory`` prints: from the options and a
-            Workload (see :mod:`unigrpo_core.workload`), without loading anything.
+            Workload (see :mod:`unigrpo_core.workload`), without loading anything; a text says why
+            there is none. One of parts is given, after these two and in the order of ``parts``,
+            what makes the account of each from a Workload.
     """
 
     name: str
@@ -127,7 +129,7 @@ class Provider:
     differentiable: bool = False
     provides: Sequence[str] = ()
     notes: Callable[[Any], Sequence[str]] | None = None
-    account: Callable[[Any, Workload], Account] | None = None
+    account: Callable[..., Account | str] | None = None
     parts: Sequence[str] = ()
 
 

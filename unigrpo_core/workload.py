@@ -225,6 +225,7 @@ class Account:
         calls: velocities, of one rollout after the other.
         images: sampled in a rollout.
         assumptions: what was taken for granted, a sentence each.
+        image_tokens: of a point in a replay, for a policy whose part this is the account of.
     """
 
     model: str
@@ -233,6 +234,7 @@ class Account:
     calls: tuple[Calls, ...]
     images: int
     assumptions: tuple[str, ...] = ()
+    image_tokens: int = 0
 
     def peak(self, phase: Literal["rollout", "update"]) -> float:
         """Bytes that a phase holds at once."""

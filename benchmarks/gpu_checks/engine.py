@@ -66,6 +66,18 @@ def catalog() -> Catalog:
     return Catalog(installed.components + mine.components, installed.broken + mine.broken)
 
 
+def built(text: str) -> Setup:
+    """The parts of a run of a recipe.
+
+    Raises:
+        UserError: they cannot be built.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "reduced.toml"
+        file.write_text(text)
+        return build_setup(load_recipe(file, catalog(), []))
+
+
 def reduced(bench: Bench, scale: Scale) -> Setup:
     """The parts of a run of 2 prompts x 4 chains with short thoughts and small images.
 
@@ -89,10 +101,7 @@ def reduced(bench: Bench, scale: Scale) -> Setup:
             import unigrpo_models.adapters  # noqa: F401
         except ImportError as error:
             raise UnavailableError("this version of the package has no adapters") from error
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "reduced.toml"
-        file.write_text(text)
-        return build_setup(load_recipe(file, catalog(), []))
+    return built(text)
 
 
 class Parts:
@@ -117,18 +126,22 @@ class Parts:
 
 
 def step(bench: Bench, scale: Scale) -> None:
+    two_steps(bench, reduced(bench, scale), f"2 x 4 chains, {scale.short} tokens")
+
+
+def two_steps(bench: Bench, setup: Setup, name: str) -> None:
     """Two steps of the engine; of each the phases, the network's share in them, and what is left:
     the engine's overhead."""
-    setup = reduced(bench, scale)
     updater, policy = Updater(setup), setup.policy
     parts = Parts(setup.device)
-    for method, name in (
+    for method, part in (
         ("open", "prefill"),
         ("write", "decode"),
         ("velocity", "denoise"),
         ("decode", "pixels"),
     ):
-        parts.around(policy, method, name)
+        if hasattr(policy, method):
+            parts.around(policy, method, part)
     parts.around(policy.root, "forward", "replay forward")
     parts.around(setup.accelerator, "backward", "replay backward")
     parts.around(updater.optimizer, "step", "optimizer")
@@ -137,22 +150,26 @@ def step(bench: Bench, scale: Scale) -> None:
         parts.clock.phases.clear()
         clock, start = Clock(setup.device), time.perf_counter()
         found = gather(setup, number, clock)
+        sampled_gb = bench.peak_gb()
         with clock.phase("update"):
             metrics = updater(found.data)
         wall = time.perf_counter() - start
-        network = sum(parts.seconds.values())
+        network, samples = sum(parts.seconds.values()), len(found.scores.total)
         gaps = {name: value for name, value in metrics.items() if name.startswith("gap/")}
         extra = {
             "phases_s": clock.phases,
             "network_s": parts.seconds,
             "overhead_s": wall - network,
             "overhead_share": 1 - network / wall,
-            "samples_per_s": len(found.scores.total) / wall,
+            "samples_per_s": samples / wall,
+            "images_per_s": samples / clock.phases["image"],
+            "updated_per_s": samples / clock.phases["update"],
+            "rollout_gb": sampled_gb,
             "tokens": float(found.data.mask.sum()),
             **gaps,
         }
         bench.measured(
-            Entry(f"2 x 4 chains, {scale.short} tokens, step {number}", lambda: None, extra=extra),
+            Entry(f"{name}, step {number}", lambda: None, extra=extra),
             [1e3 * wall],
             bench.peak_gb(),
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_checks import attention, engine, gaps, machine, projection, sampling, training
+from gpu_checks import attention, engine, gaps, machine, painting, projection, sampling, training
 from gpu_checks.harness import Bench, Case
 from gpu_checks.scales import SCALES, Scale
 
@@ -22,17 +22,18 @@ def cases(scale: Scale) -> list[Case]:
     published model on a large card."""
     listed: list[tuple[str, Callable[[Bench, Scale], None], int, float]] = [
         ("0 machine", machine.machine, 0, 25),
-        ("1 attention", attention.attention, 11, 30),
+        ("1 attention", attention.attention, 12, 30),
         ("2 decode", sampling.decode, 3, 60),
-        ("3 prefill", sampling.prefilled, 7, 8),
+        ("3 prefill", sampling.prefilled, 8, 8),
         ("4 denoise", sampling.denoise, 1, 90),
-        ("5 replay forward", training.replay_forward, 6, 60),
+        ("5 replay forward", training.replay_forward, 7, 60),
         ("6 update", training.update, 2, 90),
-        ("7 reference", training.reference, 8, 15),
-        ("8 optimizer", training.optimizer, 9, 10),
-        ("9 autoencoder", training.autoencoder, 10, 20),
+        ("7 reference", training.reference, 9, 15),
+        ("8 optimizer", training.optimizer, 10, 10),
+        ("9 autoencoder", training.autoencoder, 11, 20),
         ("10 step", engine.step, 4, 60),
         ("11 gaps", gaps.gaps, 5, 40),
+        ("12 sd3", painting.sd3, 6, 60),
     ]
     return [
         Case(name, partial(_with, run, scale), priority, seconds * scale.slowness)

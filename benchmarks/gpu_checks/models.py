@@ -20,9 +20,11 @@ from unigrpo_models.bagel.latents import unpatchify
 from unigrpo_models.bagel.network import BagelNetwork, PositionTable
 from unigrpo_models.bagel.policy import BagelPolicy
 from unigrpo_models.bagel.tokens import Codec
+from unigrpo_models.painters.policy import PainterPolicy
 
 from gpu_checks.harness import UnavailableError
 from gpu_checks.scales import FILLED, SCALES, Scale
+from unigrpo_core.interfaces import Policy
 from unigrpo_core.plugin import Field, Options, Placement, Provider, hookimpl
 from unigrpo_core.records import Prompt, ReplayBatch, TextSegment
 
@@ -204,7 +206,7 @@ def autocast(policy: BagelPolicy, *, cache: bool = True) -> torch.autocast:
     return torch.autocast(device, compute, enabled=compute != torch.float32, cache_enabled=cache)
 
 
-def trained(policy: BagelPolicy) -> Sequence[nn.Parameter]:
+def trained(policy: Policy) -> Sequence[nn.Parameter]:
     owned: Mapping[str, Mapping[str, nn.Parameter]] = policy.parameters()
     return [p for expert in owned.values() for p in expert.values() if p.requires_grad]
 
@@ -222,6 +224,16 @@ def build(options: RandomBagelOptions, place: Placement) -> BagelPolicy:
     return random_policy(scale, place.device, train=place.train, rank=options.lora_rank)
 
 
+class RandomSD3Options(Options):
+    scale: str = Field(description="7b, eighth or mini")
+
+
+def build_sd3(options: RandomSD3Options, place: Placement) -> PainterPolicy:
+    from gpu_checks.random_sd3 import random_sd3
+
+    return random_sd3(SCALES[options.scale](), place)
+
+
 @hookimpl
 def unigrpo_policies():
     yield Provider(
@@ -230,4 +242,11 @@ def unigrpo_policies():
         options=RandomBagelOptions,
         summary="random weights of a published size, made on the device",
         provides=("text", "image", "branch:text"),
+    )
+    yield Provider(
+        name="random_sd3",
+        build=build_sd3,
+        options=RandomSD3Options,
+        summary="the same of Stable Diffusion 3's kind",
+        provides=("image", "branch:text"),
     )

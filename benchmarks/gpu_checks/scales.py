@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from unigrpo_models.bagel.config import BagelConfig, LanguageConfig, Latent
@@ -21,6 +22,21 @@ class Step:
     chains: int
     size: str
     devices: int
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A painter of Stable Diffusion 3's kind, with what is asked of it."""
+
+    transformer: dict[str, Any]  # as diffusers' classes take them
+    autoencoder: dict[str, Any]
+    text: tuple[int, int]  # tokens of the CLIPs and of T5
+    size: tuple[int, int]
+    steps: int
+    window: tuple[int, ...]
+    lora_rank: int
+    images: tuple[int, ...]  # denoised at once
+    group: int  # images of each of two prompts
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,7 @@ class Scale:
     moved: int  # parameters of the optimizer
     slowness: float  # of the cases, as a share of the estimates for the published model
     projected: tuple[Step, ...]
+    painter: Painted
 
     @property
     def context(self) -> int:
@@ -62,6 +79,68 @@ STEPS = (
     Step("8 prompts x 4 chains, small images, 1 device", 8, 4, "small", 1),
     Step("the paper's: 32 prompts x 24 chains, large images, 8 devices", 32, 24, "large", 8),
 )
+
+
+def _medium(heads: int = 24) -> Painted:
+    """Stable Diffusion 3.5 Medium, or so many of its heads; trained as in
+    recipes/sd35/flow_grpo_pickscore.toml."""
+    return Painted(
+        transformer={
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 24,
+            "num_attention_heads": heads,
+            "attention_head_dim": 64,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 64 * heads,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+        autoencoder=_autoencoder((128, 256, 512, 512), layers=2, groups=32),
+        text=(77, 128),
+        size=(512, 512),
+        steps=10,
+        window=tuple(range(9)),
+        lora_rank=32,
+        images=(1, 8, 24),
+        group=8,
+    )
+
+
+def _autoencoder(widths: tuple[int, ...], layers: int, groups: int) -> dict[str, Any]:
+    return {
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "layers_per_block": layers,
+        "norm_num_groups": groups,
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+    }
+
+
+def _miniature() -> Painted:
+    small = {"num_layers": 2, "attention_head_dim": 8, "joint_attention_dim": 64}
+    small |= {"pooled_projection_dim": 64, "pos_embed_max_size": 16, "sample_size": 16}
+    return Painted(
+        transformer={**_medium(4).transformer, **small}
+        | {"caption_projection_dim": 32, "dual_attention_layers": (0,)},
+        autoencoder=_autoencoder((8, 8), layers=1, groups=4),
+        text=(5, 7),
+        size=(32, 32),
+        steps=2,
+        window=(0,),
+        lora_rank=2,
+        images=(1, 4),
+        group=2,
+    )
 
 
 def published() -> Scale:
@@ -87,6 +166,7 @@ def published() -> Scale:
         moved=2 * 10**9,
         slowness=1.0,
         projected=STEPS,
+        painter=_medium(),
     )
 
 
@@ -110,6 +190,7 @@ def eighth() -> Scale:
             "copied": 2**30,
             "lora_rank": 16,
             "slowness": 0.6,
+            "painter": _medium(3),
         }
     )
 
@@ -149,6 +230,7 @@ def mini() -> Scale:
         moved=10**6,
         slowness=0.03,
         projected=(Step("4 prompts x 2 chains, small images, 1 device", 4, 2, "small", 1),),
+        painter=_miniature(),
     )
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,6 +120,20 @@ class Stored:
             piece = bytearray(min(CHUNK, entry.size - done))
             self.read_into(name, piece, done)
             yield piece
+
+
+def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in files, by name; none of the data is read.
+
+    Raises:
+        UserError: as :class:`Stored`.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        stored = Stored(file)
+        stored.close()
+        found |= {name: entry.shape for name, entry in stored.entries.items()}
+    return found
 
 
 def _entry(value: Mapping[str, Any], data: int) -> Entry:

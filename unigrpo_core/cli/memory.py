@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from unigrpo_core.cli.text import table
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.loading import said
 from unigrpo_core.recipe import Resolved
+from unigrpo_core.recipe.schema import PolicySlot
 from unigrpo_core.recipe.workload import workload
-from unigrpo_core.workload import Account, Calls, Work
+from unigrpo_core.workload import Account, Calls, Work, Workload
 
 PEAKS = (790e12, 4.3e12)
 """FLOP/s of bfloat16 matrix products and bytes/s of a copy, measured once on one H200."""
@@ -26,17 +28,29 @@ def take(resolved: Resolved, prompt_tokens: int) -> Account | str:
         PluginError: the policy's provider fails.
     """
     slot = resolved.recipe.policy
-    account = slot.component.provider.account
-    if account is None:
+    return _without(slot) or _account(slot, workload(resolved.recipe, prompt_tokens))
+
+
+def _without(slot: PolicySlot) -> str:
+    """Why a policy can have no account; empty: it can."""
+    if slot.component.provider.account is None:
         return f"{slot.who} has no account of what it takes (see docs/plugins.md, Provider.account)"
-    load = workload(resolved.recipe, prompt_tokens)
+    return ""
+
+
+def _account(slot: PolicySlot, load: Workload) -> Account | str:
+    """That of a policy, or of a part of one."""
+    provider = slot.component.provider
+    if provider.account is None:
+        return _without(slot)
+    parts = [partial(_account, slot.parts[name]) for name in provider.parts]
     try:
-        found = account(slot.options, load)
-    except (UserError, KeyboardInterrupt):
+        found = provider.account(slot.options, load, *parts)
+    except (UserError, PluginError, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise PluginError(f"{slot.who} cannot give its account: {said(error)}") from error
-    if not isinstance(found, Account):
+    if not isinstance(found, Account | str):
         raise PluginError(f"{slot.who} gave {found!r}, not an Account")
     return found
 

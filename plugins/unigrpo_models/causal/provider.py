@@ -19,6 +19,7 @@ from unigrpo_core.plugin import (
 from unigrpo_models.causal.files import FILES, check_chat, check_tokenizer, weight_files
 
 if TYPE_CHECKING:
+    from unigrpo_core.workload import Account, Workload
     from unigrpo_models.causal.policy import CausalPolicy
 
 PROJECTIONS = (
@@ -108,6 +109,12 @@ def _fault(check: Callable[[Path], object], folder: Path) -> str:
     return ""
 
 
+def account(options: CausalOptions, load: Workload) -> Account | str:
+    from unigrpo_models.causal.account import account
+
+    return account(options, load)
+
+
 PROVIDER = Provider(
     name="hf_causal_lm",
     build=build,
@@ -116,4 +123,5 @@ PROVIDER = Provider(
     cite="Wolf et al. 2020, arXiv 1910.03771",
     provides=("text",),
     notes=notes,
+    account=account,
 )

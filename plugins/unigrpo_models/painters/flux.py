@@ -33,12 +33,12 @@ from torch import Tensor, nn
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Placement
-from unigrpo_models.painters.folder import PipelineFolder, open_pipeline
+from unigrpo_models.painters.counted import FLUX
+from unigrpo_models.painters.folder import PipelineFolder, grid_of, open_pipeline
 from unigrpo_models.painters.painter import Condition, Painter
 from unigrpo_models.painters.parts import (
     Tokenizer,
     decode_images,
-    grid_of,
     load_model,
     load_tokenizer,
     need_diffusers,
@@ -65,12 +65,7 @@ class FluxPainter(Painter):
         UserError: a guidance is stated that the network does not take.
     """
 
-    targets: ClassVar[tuple[str, ...]] = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    )
-    """Flow-GRPO's."""
+    targets: ClassVar[tuple[str, ...]] = FLUX.targets
     blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(

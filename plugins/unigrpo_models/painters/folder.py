@@ -65,7 +65,7 @@ def weights_of(path: Path) -> tuple[str, ...]:
         index = part / f"{stem}.safetensors.index.json"
         names = {f"{stem}.safetensors"}
         if index.is_file():
-            names = {*_read(index, "is not there").get("weight_map", {}).values()}
+            names = {*read_json(index, "is not there").get("weight_map", {}).values()}
         found += [f"{part.name}/{name}" for name in sorted(names)]
     return tuple(found)
 
@@ -73,7 +73,7 @@ def weights_of(path: Path) -> tuple[str, ...]:
 def grid_notes(path: Path) -> tuple[str, ...]:
     """What a user should know of the times that a folder's scheduler has, if it is there."""
     try:
-        terminal = _read(path / SCHEDULER, "is not there").get("shift_terminal")
+        terminal = read_json(path / SCHEDULER, "is not there").get("shift_terminal")
     except UserError:
         return ()
     if not terminal:
@@ -124,7 +124,7 @@ def open_pipeline(
     Raises:
         UserError: it is no such pipeline, lacks a component, or is no flow-match one.
     """
-    index = _read(path / INDEX, f"is no folder of a {pipeline}: it has no {INDEX}")
+    index = read_json(path / INDEX, f"is no folder of a {pipeline}: it has no {INDEX}")
     found = index.get("_class_name")
     if found != pipeline:
         raise UserError(f"{path} is a {found}, which this policy is not for: it takes {pipeline}")
@@ -139,10 +139,32 @@ def open_pipeline(
         raise UserError(
             f"{path}: its transformer is a {named['transformer']}; this policy takes {transformer}"
         )
-    scheduler = _read(path / SCHEDULER, f"lacks {SCHEDULER}")
+    scheduler = read_json(path / SCHEDULER, f"lacks {SCHEDULER}")
     _check_flow(path, scheduler)
     there = {*needed, *(n for n in optional if n in named and (path / n).is_dir())}
     return PipelineFolder(path, Shift(scheduler), frozenset(there))
+
+
+def grid_of(size: tuple[int, int], stride: int, limit: int | None = None) -> tuple[int, int]:
+    """The rows and columns of tokens of ``stride`` pixels in an image of (height, width).
+
+    Raises:
+        UserError: a side is no multiple of the stride, or has more than ``limit`` tokens.
+    """
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side % stride or side < stride or (limit is not None and side > limit * stride):
+            most = "" if limit is None else f" up to {limit * stride}"
+            raise UserError(
+                f"image {name} {side}: this model draws multiples of {stride} pixels{most}"
+            )
+    return size[0] // stride, size[1] // stride
+
+
+def stride_of(autoencoder: Mapping[str, Any]) -> int:
+    """Pixels of a latent's side, by the autoencoder's configuration."""
+    names = "block_out_channels", "encoder_block_out_channels", "dim_mult"
+    stages = next(autoencoder[name] for name in names if autoencoder.get(name))
+    return int(2 ** (len(stages) - 1))
 
 
 def _check_flow(path: Path, scheduler: Mapping[str, Any]) -> None:
@@ -165,7 +187,12 @@ def _is_component(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def _read(path: Path, without: str) -> dict[str, Any]:
+def read_json(path: Path, without: str) -> dict[str, Any]:
+    """The object in a file; ``without`` says what is wrong where it is missing.
+
+    Raises:
+        UserError: it is missing, cannot be read, or is no object.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.loading import said
+from unigrpo_models.painters.folder import stride_of
 
 MEGAPIXEL = 1 << 20
 WORDS = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -148,21 +149,6 @@ class Tokenizer:
         return found.input_ids.to(device), found.attention_mask.to(device)
 
 
-def grid_of(size: tuple[int, int], stride: int, limit: int | None = None) -> tuple[int, int]:
-    """The rows and columns of tokens of ``stride`` pixels in an image of (height, width).
-
-    Raises:
-        UserError: a side is no multiple of the stride, or has more than ``limit`` tokens.
-    """
-    for name, side in zip(("height", "width"), size, strict=True):
-        if side % stride or side < stride or (limit is not None and side > limit * stride):
-            most = "" if limit is None else f" up to {limit * stride}"
-            raise UserError(
-                f"image {name} {side}: this model draws multiples of {stride} pixels{most}"
-            )
-    return size[0] // stride, size[1] // stride
-
-
 def unpacked(tokens: Tensor, patch: int) -> Tensor:
     """Latents [B, c, h patch, w patch] of tokens [B, h, w, c patch^2], each (channel, row in patch,
     column)."""
@@ -173,10 +159,7 @@ def unpacked(tokens: Tensor, patch: int) -> Tensor:
 
 def vae_stride(autoencoder: Any) -> int:
     """Pixels of a latent's side."""
-    config = autoencoder.config
-    names = "block_out_channels", "encoder_block_out_channels", "dim_mult"
-    stages = next(config[name] for name in names if config.get(name))
-    return int(2 ** (len(stages) - 1))
+    return stride_of(autoencoder.config)
 
 
 def decode_images(autoencoder: Any, latents: Tensor) -> Tensor:

@@ -19,10 +19,12 @@ from unigrpo_core.plugin import (
     fetched_folder,
     local_folder,
 )
+from unigrpo_models.painters.counted import FLUX, SANA, SD3, Transformer
 from unigrpo_models.painters.folder import FILES, grid_notes, weights_of
 from unigrpo_models.template import PROMPT, THOUGHT
 
 if TYPE_CHECKING:
+    from unigrpo_core.workload import Account, Workload
     from unigrpo_models.adapters import Lora
     from unigrpo_models.painters.painter import Painter
     from unigrpo_models.painters.policy import PainterPolicy
@@ -117,13 +119,15 @@ class QwenImageOptions(DrawingOptions):
 
 @dataclass(frozen=True)
 class Kind:
-    """A painter by name: ``load(options, folder, placement, type of the network's weights)``."""
+    """A painter by name: ``load(options, folder, placement, type of the network's weights)``.
+    ``counted`` is what its account is made by; None: it has none."""
 
     name: str
     options: type[DrawingOptions]
     load: Callable[..., Painter]
     summary: str
     cite: str
+    counted: Transformer | None = None
 
 
 def _load_sd3(*arguments: Any) -> Painter:
@@ -157,6 +161,7 @@ KINDS = (
         _load_sd3,
         "Stable Diffusion 3 and 3.5: draws prompts",
         "Esser et al. 2024, arXiv 2403.03206",
+        SD3,
     ),
     Kind(
         "flux",
@@ -164,9 +169,15 @@ KINDS = (
         _load_flux,
         "FLUX.1: draws prompts",
         "Black Forest Labs 2024, https://github.com/black-forest-labs/flux",
+        FLUX,
     ),
     Kind(
-        "sana", SanaOptions, _load_sana, "Sana: draws prompts", "Xie et al. 2024, arXiv 2410.10629"
+        "sana",
+        SanaOptions,
+        _load_sana,
+        "Sana: draws prompts",
+        "Xie et al. 2024, arXiv 2410.10629",
+        SANA,
     ),
     Kind(
         "qwen_image",
@@ -232,6 +243,12 @@ def provider_of(kind: Kind) -> Provider:
             lora=adapters_of(options, painter),
         )
 
+    def account(options: DrawingOptions, load: Workload) -> Account | str:
+        from unigrpo_models.painters.account import account
+
+        assert kind.counted is not None
+        return account(kind.counted, options, load)
+
     return Provider(
         name=kind.name,
         build=build,
@@ -240,6 +257,7 @@ def provider_of(kind: Kind) -> Provider:
         cite=kind.cite,
         provides=("image", "branch:text"),
         notes=notes,
+        account=account if kind.counted else None,
     )
 
 

@@ -37,12 +37,11 @@ from torch import Tensor, nn
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Placement
-from unigrpo_models.painters.folder import PipelineFolder, open_pipeline
+from unigrpo_models.painters.folder import PipelineFolder, grid_of, open_pipeline
 from unigrpo_models.painters.painter import Condition, Painter
 from unigrpo_models.painters.parts import (
     Tokenizer,
     decode_images,
-    grid_of,
     load_model,
     load_tokenizer,
     need_diffusers,

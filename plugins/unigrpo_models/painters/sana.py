@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.plugin import Placement
-from unigrpo_models.painters.folder import PipelineFolder, open_pipeline
+from unigrpo_models.painters.counted import SANA
+from unigrpo_models.painters.folder import PipelineFolder, grid_of, open_pipeline
 from unigrpo_models.painters.painter import Condition, Painter
 from unigrpo_models.painters.parts import (
     Tokenizer,
     decode_images,
-    grid_of,
     load_model,
     load_tokenizer,
     need_diffusers,
@@ -56,8 +56,7 @@ class SanaPainter(Painter):
         instruction: what stands before a prompt; may be empty.
     """
 
-    targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v")
-    """Those of diffusers' own training script."""
+    targets: ClassVar[tuple[str, ...]] = SANA.targets
     blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
 
     def __init__(

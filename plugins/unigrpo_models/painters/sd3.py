@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from unigrpo_core.plugin import Placement
-from unigrpo_models.painters.folder import PipelineFolder, open_pipeline
+from unigrpo_models.painters.counted import SD3
+from unigrpo_models.painters.folder import PipelineFolder, grid_of, open_pipeline
 from unigrpo_models.painters.painter import Condition, Painter
 from unigrpo_models.painters.parts import (
     Tokenizer,
     decode_images,
-    grid_of,
     load_model,
     load_tokenizer,
     need_diffusers,
@@ -58,11 +58,7 @@ class SD3Painter(Painter):
         t5: T5EncoderModel or None.
     """
 
-    targets: ClassVar[tuple[str, ...]] = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    )
-    """Flow-GRPO's."""
+    targets: ClassVar[tuple[str, ...]] = SD3.targets
     blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
 
     def __init__(
