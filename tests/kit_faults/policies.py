@@ -524,6 +524,19 @@ def always_drawing(policy: Any) -> None:
     )(policy)
 
 
+def reads_two_words(policy: Any, real: Any, prompts: Any) -> Any:
+    return real([replace(prompt, text=" ".join(prompt.text.split()[:2])) for prompt in prompts])
+
+
+def cuts(change: Callable[[str], dict[str, int]]) -> Callable[[Any], None]:
+    return instead("cut_tokens", lambda policy, real, prompt: change(prompt.text))
+
+
+def rising_cuts(policy: Any) -> None:
+    more = Growing()
+    cuts(lambda text: {"words": more(0)})(policy)
+
+
 IMAGE = [
     PolicyFault(
         "test_sizes_are_numbers",
@@ -540,6 +553,10 @@ IMAGE = [
         result("decode", lambda x: x * len(x) / 3),
     ),
     PolicyFault("test_images_are_in_range", "float64", result("decode", lambda x: x.double())),
+    PolicyFault("test_what_is_cut_is_counted", "and is silent", instead("open", reads_two_words)),
+    PolicyFault("test_what_is_cut_is_counted", "of another text", cuts(lambda text: {text: 0})),
+    PolicyFault("test_what_is_cut_is_counted", "-1", cuts(lambda text: {"words": -1})),
+    PolicyFault("test_what_is_cut_is_counted", "not alike", rising_cuts),
     PolicyFault(
         "test_velocities_are_float32_of_the_latents_shape",
         "float64",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from unigrpo_core.engine.checks import check_draws, check_finite, training_prompts
 from unigrpo_core.engine.clock import Clock
+from unigrpo_core.engine.cuts import cut_texts
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import Scores, advantages, episodes, score
 from unigrpo_core.engine.setup import Setup
@@ -20,6 +22,8 @@ class Experience:
     rollout: Rollout
     scores: Scores
     data: TrainSet
+    cut: Mapping[str, float]
+    """See :func:`unigrpo_core.engine.cuts.cut_texts`."""
 
 
 def gather(setup: Setup, step: int, clock: Clock) -> Experience:
@@ -50,4 +54,4 @@ def gather(setup: Setup, step: int, clock: Clock) -> Experience:
             for level, segment in enumerate(recipe.episode)
         )
         data = build_train_set(setup, rollout, found, scores.total, key)
-    return Experience(rollout, scores, data)
+    return Experience(rollout, scores, data, cut_texts(setup, batch))
