@@ -214,6 +214,12 @@ class TestCausalLM(TextPolicyConformance):
         return {"checkpoint": language_model, "system_prompt": "Count.", "open": "<think>"}
 
 
+class TestCausalLMWithAdapters(TestCausalLM):
+    @pytest.fixture
+    def given(self, language_model):
+        return {"checkpoint": language_model, "lora_rank": 2}
+
+
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-painters")
@@ -232,6 +238,12 @@ class TestSD3(ImageFlowPolicyConformance):
         return {"checkpoint": str(pipelines / self.use), "max_text_tokens": 12}
 
 
+class TestSD3WithAdapters(TestSD3):
+    @pytest.fixture
+    def given(self, pipelines):
+        return {"checkpoint": str(pipelines / "sd3"), "max_text_tokens": 12, "lora_rank": 2}
+
+
 class TestFlux(TestSD3):
     use = "flux"
 
@@ -245,16 +257,44 @@ class TestSana(TestSD3):
         return where | {"instruction": False}
 
 
+@pytest.fixture
+def pair(language_model, pipelines):
+    """The options of a thinker with a painter."""
+
+    def pair(painter, **options):
+        draws = {"use": painter, "checkpoint": str(pipelines / painter), "max_text_tokens": 12}
+        return {
+            "text": {"use": "hf_causal_lm", "checkpoint": language_model},
+            "image": {**draws, "overlong": "cut", **options},
+        }
+
+    return pair
+
+
 class TestComposed(TextPolicyConformance, ImageFlowPolicyConformance):
     use = "composed"
 
     @pytest.fixture
-    def given(self, language_model, pipelines):
-        draws = {"use": "sd3", "checkpoint": str(pipelines / "sd3"), "max_text_tokens": 12}
-        return {
-            "text": {"use": "hf_causal_lm", "checkpoint": language_model},
-            "image": {**draws, "overlong": "cut"},
-        }
+    def given(self, pair):
+        return pair("sd3")
+
+
+class TestComposedWithFlux(ImageFlowPolicyConformance):
+    """What it writes is no other's than above."""
+
+    use = "composed"
+
+    @pytest.fixture
+    def given(self, pair):
+        return pair("flux")
+
+
+class TestComposedWithSana(ImageFlowPolicyConformance):
+    use = "composed"
+
+    @pytest.fixture
+    def given(self, pair):
+        return pair("sana", instruction=False)
 
 
 # --- nothing is left out ----------------------------------------------------------------------

@@ -314,11 +314,13 @@ def copies(policy: Policy) -> dict[str, Tensor]:
 
 
 def shake(policy: Policy) -> None:
-    """Moves every owned weight a little, as an update would."""
+    """Moves every owned weight that is trained a little, as an update would; under adapters the
+    others stay as they are."""
     with torch.no_grad():
         for owned in policy.parameters().values():
             for name, parameter in owned.items():
-                parameter.add_(0.02 * normal(name, *parameter.shape))
+                if parameter.requires_grad:
+                    parameter.add_(0.02 * normal(name, *parameter.shape))
 
 
 def gradients(policy: Policy, expert: str, value: Tensor) -> list[Tensor]:
