@@ -279,22 +279,27 @@ class TestComposed(TextPolicyConformance, ImageFlowPolicyConformance):
         return pair("sd3")
 
 
-class TestComposedWithFlux(ImageFlowPolicyConformance):
-    """What it writes is no other's than above."""
+DRAWING = (
+    "test_velocity_rows_are_independent",
+    "test_replay_gives_the_samplers_velocities",
+    "test_branches_are_unconditional",
+    "test_replay_gives_the_branches_velocities",
+    "test_image_gradient_reaches_the_image_expert",
+    "test_context_gradient_can_be_stopped",
+    "test_replay_is_repeatable",
+)
 
-    use = "composed"
 
-    @pytest.fixture
-    def given(self, pair):
-        return pair("flux")
-
-
-class TestComposedWithSana(ImageFlowPolicyConformance):
-    use = "composed"
-
-    @pytest.fixture
-    def given(self, pair):
-        return pair("sana", instruction=False)
+@pytest.mark.parametrize(
+    ("painter", "options"), [("flux", {}), ("sana", {"instruction": False, "lora_rank": 2})]
+)
+def test_a_pair_with_another_painter_draws_as_it_should(pair, tmp_path, painter, options):
+    """The checks that the painter decides; the others are those of the pair above."""
+    kit, given = TestComposed(), pair(painter, **options)
+    component = kit.build(given)
+    for check in DRAWING:
+        getattr(kit, check)(component)
+    kit.test_saved_weights_load(component, given, tmp_path)
 
 
 # --- nothing is left out ----------------------------------------------------------------------

@@ -292,6 +292,40 @@ POLICY = [
 ]
 
 
+# --- of one with adapters ---------------------------------------------------------------------
+
+
+def without(policy: Any, real: Any, *given: Any) -> Any:
+    with policy._weights.adapters.off():
+        return real(*given)
+
+
+ADAPTED = [
+    PolicyFault(
+        "test_keeping_again_replaces",
+        "the first weights",
+        instead("weights", lambda policy, real, name: policy._weights.adapters.off()),
+    ),
+    PolicyFault(
+        "test_kept_weights_compute_the_past",
+        "not compute what it did",
+        instead("weights", lambda policy, real, name: torch.no_grad()),
+    ),
+    PolicyFault(
+        "test_saved_weights_load",
+        "not those saved",
+        instead("load", lambda policy, real, folder: None),
+    ),
+    PolicyFault("test_only_what_is_trained_takes_gradients", "are trainable", all_trainable),
+    PolicyFault("test_replay_gives_the_samplers_logps", "differ by", instead("write", without)),
+    PolicyFault(
+        "test_replay_gives_the_samplers_velocities",
+        "trainer, sampler",
+        instead("velocity", without),
+    ),
+]
+
+
 # --- of one that writes -----------------------------------------------------------------------
 
 
@@ -343,7 +377,9 @@ TEXT = [
     PolicyFault(
         "test_texts_are_padded_on_the_right",
         "not on the right",
-        written(lambda s: replace(s, mask=s.mask.flip(1).index_fill(1, torch.tensor([0]), True))),
+        written(
+            lambda s: replace(s, mask=torch.arange(s.mask.shape[1]) != s.mask.sum(1)[:, None] - 2)
+        ),
     ),
     PolicyFault(
         "test_texts_are_padded_on_the_right",
