@@ -171,6 +171,25 @@ def test_what_a_painter_cuts_of_prompt_and_thought_is_counted(recipe, models):
     assert found.cut["cut_tokens/tokenizer_3"] == max(lost)
 
 
+def test_a_thought_too_long_for_a_painter_that_refuses_ends_the_run(recipe, tmp_path):
+    """The prompts alone fit, so it is found at the rollout."""
+    tight = recipe(
+        "policy.image.overlong='error'", "policy.image.max_text_tokens=14", "text.max_tokens=12"
+    )
+    with pytest.raises(UserError, match=r"tokens in tokenizer\w*, whose .* set overlong = .cut."):
+        trained(tight, tmp_path / "run")
+
+
+def test_a_painter_is_compiled_without_its_thinker(recipe, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    with pytest.raises(UserError, match="in a pair eager = true beside its checkpoint"):
+        build_setup(recipe("compute.compile=true"))
+    assert not compiled
+    built = build_setup(recipe("compute.compile=true", "policy.text.eager=true")).policy
+    assert compiled == built.image.painter.units()
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
