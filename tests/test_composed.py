@@ -1,6 +1,9 @@
 """A thinker and a painter as one policy, of tiny random models of the real classes."""
 
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import tiny_clip
@@ -223,30 +226,36 @@ def test_a_part_that_is_not_there_is_named(recipe, tmp_path):
         build_setup(resolved)
 
 
-def test_two_steps_of_the_recipe(models, tmp_path, capsys):
-    """Its template, adapters, window and penalty; the sizes are those of tiny models."""
-    (clip := tmp_path / "clip").mkdir()
-    tiny_clip.write(clip)
-    small = {
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    tiny_clip.write(folder := tmp_path_factory.mktemp("clip"))
+    return str(folder)
+
+
+def small(models, clip, painter, **more):
+    """What makes a miniature of a recipe for pairs, as overrides."""
+    sizes = {
         "policy.text.checkpoint": str(models / "lm"),
-        "policy.image.checkpoint": str(models / "sd3"),
+        "policy.image.checkpoint": str(models / painter),
         "policy.image.max_text_tokens": 12,
-        "rewards.0.checkpoint": str(clip),
-        "rewards.0.processor": str(clip),
         "policy.text.lora_rank": 2,
-        "policy.image.lora_rank": 2,
         "policy.text.system_prompt": "Say what is seen.",
-        "steps": 2,
         "prompts": 2,
-        "group.fan_out": [2, 1],
         "text.max_tokens": 6,
         "image.size": [32, 32],
         "evaluation.final_prompts": 2,
         "evaluation.scheduler.steps": 4,
         "compute.device": "cpu",
+        **({"rewards.0.checkpoint": clip, "rewards.0.processor": clip} if clip else {}),
+        **more,
     }
-    out = tmp_path / "run"
-    asked = [f"--set={key}={json.dumps(value)}" for key, value in small.items()]
+    return [f"--set={key}={json.dumps(value)}" for key, value in sizes.items()]
+
+
+def test_two_steps_of_the_recipe(models, clip, tmp_path, capsys):
+    """Its template, adapters, window and penalty; the sizes are those of tiny models."""
+    out, steps = tmp_path / "run", {"steps": 2, "group.fan_out": [2, 1]}
+    asked = small(models, clip, "sd3", **steps, **{"policy.image.lora_rank": 2})
     assert main(["run", "qwen3_sd35/unigrpo", "--out", str(out), *asked]) == 0, capsys.readouterr()
     steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert len(steps) == 2
@@ -256,3 +265,36 @@ def test_two_steps_of_the_recipe(models, tmp_path, capsys):
     capsys.readouterr()
     assert main(["sample", str(out), "two pears", "--count", "1"]) == 0
     assert "thinks: " in capsys.readouterr().out
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "train-a-pair.md"
+EXAMPLES = re.findall(r"```toml example\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: tomllib.loads(text)["title"])
+def test_the_page_s_recipes_run(models, clip, tmp_path, capsys, example):
+    """Each takes a step, in miniature."""
+    stated = tomllib.loads(example)
+    part = stated.get("policy", {}).get("image", {})
+    episode = stated.get("episode", ["think", "draw"])
+    quick = {"evaluation.sheet": 0, "evaluation.final_prompts": 1, "evaluation.scheduler.steps": 1}
+    more = {**quick, "steps": 1, "group.fan_out": [2, 1] if len(episode) == 2 else [4]}
+    if "lora_rank" in part:
+        more["policy.image.lora_rank"] = 2
+    if part.get("use") == "sana":
+        more["policy.image.instruction"] = False
+    if "draw" not in episode:
+        clip = ""
+    (tmp_path / "mine.toml").write_text(example)
+    out = tmp_path / "run"
+    asked = small(models, clip, part.get("use", "sd3"), **more)
+    code = main(["run", str(tmp_path / "mine.toml"), "--out", str(out), *asked])
+    assert code == 0, capsys.readouterr().err
+    (step,) = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    moved = {who for who in ("text", "image") if f"{who}/grad_norm" in step}
+    assert moved == set(stated.get("train", ["text", "image"]))
+
+
+def test_the_page_has_an_example_for_every_painter():
+    used = {tomllib.loads(text).get("policy", {}).get("image", {}).get("use") for text in EXAMPLES}
+    assert used | {"sd3"} >= set(PAINTERS)
