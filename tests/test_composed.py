@@ -264,7 +264,9 @@ def test_two_steps_of_the_recipe(models, clip, tmp_path, capsys):
         assert (out / "final" / part / "adapter_model.safetensors").exists()
     capsys.readouterr()
     assert main(["sample", str(out), "two pears", "--count", "1"]) == 0
-    assert "thinks: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "thinks: " in shown
+    assert "note: tokenizer_3 cuts 100% of the texts" in shown
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "train-a-pair.md"
