@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from unigrpo_core.cli import main
 from unigrpo_core.engine.clock import Clock
 from unigrpo_core.engine.experience import gather
 from unigrpo_core.engine.loop import Run
+from unigrpo_core.engine.selfcheck import self_check
 from unigrpo_core.engine.setup import build_setup
 from unigrpo_core.errors import UserError
 from unigrpo_core.keys import Key
@@ -162,7 +164,8 @@ def test_the_painter_is_told_prompt_and_thought(recipe):
 
 
 def test_what_a_painter_cuts_of_prompt_and_thought_is_counted(recipe, models):
-    setup = build_setup(recipe("policy.image.max_text_tokens=16", "text.max_tokens=8"))
+    resolved = recipe("policy.image.max_text_tokens=16", "text.max_tokens=8")
+    setup = build_setup(resolved)
     found = gather(setup, 1, Clock(setup.device))
     written = found.rollout.segments[0]
     words = T5TokenizerFast.from_pretrained(models / "sd3" / "tokenizer_3")
@@ -172,6 +175,9 @@ def test_what_a_painter_cuts_of_prompt_and_thought_is_counted(recipe, models):
     assert 0 < sum(map(bool, lost)) < 4
     assert found.cut["cut_texts/tokenizer_3"] == sum(map(bool, lost)) / 4
     assert found.cut["cut_tokens/tokenizer_3"] == max(lost)
+    *_, samples = islice(self_check(resolved), 3)
+    share = f"{found.cut['cut_texts/tokenizer_3']:.0%}"
+    assert f"; tokenizer_3 cuts {share} of the texts" in samples.figures
 
 
 def test_a_thought_too_long_for_a_painter_that_refuses_ends_the_run(recipe, tmp_path):

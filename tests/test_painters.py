@@ -424,6 +424,16 @@ def test_a_negative_text_is_never_cut(policy):
         policy("sd3", "policy.overlong='cut'", f"policy.negative='{'a ' * 20}'")
 
 
+def test_prompts_too_long_are_counted_before_a_run_folder_exists(recipe, tmp_path):
+    resolved = recipe("sd3", "steps=6")
+    lines = ["b " * 20, "c " * 30, *(f"{word} cat" for word in "abcdefghij")]
+    (tmp_path / "prompts.txt").write_text("".join(f"{line}\n" for line in lines))
+    said = r"2 of the 12 different prompts cannot be used; the first: a text takes \d+ tokens in"
+    with pytest.raises(UserError, match=said):
+        Run(resolved, tmp_path / "run", tiny.Silent())
+    assert not (tmp_path / "run").exists()
+
+
 def test_cut_prompts_are_counted_before_and_during_a_run(recipe, tmp_path, capsys):
     """Of the first prompt the CLIPs read all of 14 tokens and T5 12 of 24, of the second 16 of 18
     and 12 of 32; of the held-out ones T5 reads all of one, and 12 of 37."""
