@@ -370,6 +370,12 @@ class TestCausalLM(TextPolicyConformance):
         return {"checkpoint": language_model, "system_prompt": "Count.", "open": "<think>"}
 
 
+class TestCausalLMWithAdapters(TestCausalLM):
+    @pytest.fixture
+    def given(self, language_model):
+        return {"checkpoint": language_model, "lora_rank": 2}
+
+
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-painters")
@@ -387,6 +393,12 @@ class TestSD3(ImageFlowPolicyConformance):
     @pytest.fixture
     def given(self, pipelines):
         return {"checkpoint": str(pipelines / self.use), "max_text_tokens": 12}
+
+
+class TestSD3WithAdapters(TestSD3):
+    @pytest.fixture
+    def given(self, pipelines):
+        return {"checkpoint": str(pipelines / "sd3"), "max_text_tokens": 12, "lora_rank": 2}
 
 
 class TestFlux(TestSD3):
@@ -410,16 +422,49 @@ class TestQwenImage(TestSD3):
         return {"checkpoint": str(pipelines / "qwen_image"), "max_text_tokens": 16}
 
 
+@pytest.fixture
+def pair(language_model, pipelines):
+    """The options of a thinker with a painter."""
+
+    def pair(painter, **options):
+        draws = {"use": painter, "checkpoint": str(pipelines / painter), "max_text_tokens": 12}
+        return {
+            "text": {"use": "hf_causal_lm", "checkpoint": language_model},
+            "image": {**draws, "overlong": "cut", **options},
+        }
+
+    return pair
+
+
 class TestComposed(TextPolicyConformance, ImageFlowPolicyConformance):
     use = "composed"
 
     @pytest.fixture
-    def given(self, language_model, pipelines):
-        draws = {"use": "sd3", "checkpoint": str(pipelines / "sd3"), "max_text_tokens": 12}
-        return {
-            "text": {"use": "hf_causal_lm", "checkpoint": language_model},
-            "image": {**draws, "overlong": "cut"},
-        }
+    def given(self, pair):
+        return pair("sd3")
+
+
+DRAWING = (
+    "test_velocity_rows_are_independent",
+    "test_replay_gives_the_samplers_velocities",
+    "test_branches_are_unconditional",
+    "test_replay_gives_the_branches_velocities",
+    "test_image_gradient_reaches_the_image_expert",
+    "test_context_gradient_can_be_stopped",
+    "test_replay_is_repeatable",
+)
+
+
+@pytest.mark.parametrize(
+    ("painter", "options"), [("flux", {}), ("sana", {"instruction": False, "lora_rank": 2})]
+)
+def test_a_pair_with_another_painter_draws_as_it_should(pair, tmp_path, painter, options):
+    """The checks that the painter decides; the others are those of the pair above."""
+    kit, given = TestComposed(), pair(painter, **options)
+    component = kit.build(given)
+    for check in DRAWING:
+        getattr(kit, check)(component)
+    kit.test_saved_weights_load(component, given, tmp_path)
 
 
 # --- nothing is left out ----------------------------------------------------------------------

@@ -27,7 +27,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *TUTORIALS, *
 CHECKPOINT = ROOT / "plugins" / "unigrpo_board" / "checkpoint"
 FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-PAGES += sorted((ROOT / "docs").glob("[er]*/*.md"))  # explanation, reference
+PAGES += sorted((ROOT / "docs").glob("[ehr]*/*.md"))  # explanation, how-to, reference
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from unigrpo_models.painters import parts
 from unigrpo_models.painters.folder import Shift
 from unigrpo_models.template import conditioning_text
 
+from unigrpo_core.ablation.reading import read_run
 from unigrpo_core.catalog import load_catalog
 from unigrpo_core.cli import main
 from unigrpo_core.engine.loop import Run
@@ -428,20 +429,75 @@ def test_a_text_is_read_once_until_it_is_forgotten(policy, name):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "text", "said"),
+    ("overrides", "text", "said", "lost"),
     [
-        ((), "a " * 20, "takes 22 tokens in tokenizer, whose encoder takes 16"),
-        (("policy.max_text_tokens=4",), "a b c d", "in tokenizer_3, whose encoder takes 4"),
+        ((), "a " * 20, "takes 22 tokens in tokenizer, whose encoder takes 16", (6, 6, 9)),
+        (
+            ("policy.max_text_tokens=4",),
+            "a b c d",
+            "in tokenizer_3, whose encoder takes 4",
+            (0, 0, 4),
+        ),
     ],
 )
-def test_a_text_too_long_is_counted_and_refused_or_cut(policy, overrides, text, said):
+def test_a_text_too_long_is_counted_and_refused_or_cut(policy, overrides, text, said, lost):
+    lost = dict(zip(("tokenizer", "tokenizer_2", "tokenizer_3"), lost, strict=True))
     with pytest.raises(UserError, match=said):
         policy("sd3", *overrides).prompt_tokens(Prompt("x", text))
     with pytest.raises(UserError, match=said):
         policy("sd3", *overrides, f"policy.negative='{text}'")
+    assert policy("sd3", *overrides).cut_tokens(Prompt("x", text)) == {}
     cut = policy("sd3", *overrides, "policy.overlong='cut'")
     assert cut.prompt_tokens(Prompt("x", text)) <= 16
     assert len(cut.open([Prompt("x", text)])) == 1
+    assert cut.cut_tokens(Prompt("x", text)) == lost
+    assert cut.cut_tokens(Prompt("x", "a")) == dict.fromkeys(lost, 0)
+
+
+def test_a_negative_text_is_never_cut(policy):
+    said = "policy.negative is longer than tokenizer_3 reads, .* its last 9 tokens"
+    with pytest.raises(UserError, match=said):
+        policy("sd3", "policy.overlong='cut'", f"policy.negative='{'a ' * 20}'")
+
+
+def test_prompts_too_long_are_counted_before_a_run_folder_exists(recipe, tmp_path):
+    resolved = recipe("sd3", "steps=6")
+    lines = ["b " * 20, "c " * 30, *(f"{word} cat" for word in "abcdefghij")]
+    (tmp_path / "prompts.txt").write_text("".join(f"{line}\n" for line in lines))
+    said = r"2 of the 12 different prompts cannot be used; the first: a text takes \d+ tokens in"
+    with pytest.raises(UserError, match=said):
+        Run(resolved, tmp_path / "run", tiny.Silent())
+    assert not (tmp_path / "run").exists()
+
+
+def test_cut_prompts_are_counted_before_and_during_a_run(recipe, tmp_path, capsys):
+    """Of the first prompt the CLIPs read all of 14 tokens and T5 12 of 24, of the second 16 of 18
+    and 12 of 32; of the held-out ones T5 reads all of one, and 12 of 37."""
+    recipe("sd3")
+    lines = ["a b c d e f g h i j k l", "a b c d e f g h i j k l m n o p", *"abcdefghij"]
+    (tmp_path / "prompts.txt").write_text("".join(f"{line}\n" for line in lines))
+    (held_out := tmp_path / "held-out.txt").write_text("x\n" + "x y z " * 6)
+    changes = {"prompts": 12, "group.fan_out": [2], "steps": 1, "policy.overlong": "cut"}
+    changes["source.held_out_path"] = str(held_out)
+    asked = [f"--set={key}={json.dumps(value)}" for key, value in changes.items()]
+    file, out = str(tmp_path / "recipe.toml"), tmp_path / "run"
+    assert main(["run", file, "--out", str(out), *asked]) == 0, capsys.readouterr()
+    shown = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "tokenizer leaves out the end of 2 of the 14 different prompts, at most 4 tokens of one",
+        "tokenizer_3 leaves out the end of 3 of the 14 different prompts, at most 25 tokens of one",
+        "tokenizer cuts 8% of the texts tokenizer_2 cuts 8% of the texts tokenizer_3 cuts 17% of",
+        "tokenizer_3 cuts 50% of the texts step 1/1",
+    ):
+        assert said in shown, shown
+    [step] = tiny.lines(out)
+    counted = {"tokenizer": (1, 2), "tokenizer_2": (1, 2), "tokenizer_3": (2, 20)}
+    for name, (texts, tokens) in counted.items():
+        assert step[f"cut_texts/{name}"] == pytest.approx(texts / 12)
+        assert step[f"cut_tokens/{name}"] == tokens
+    for line in (out / "evaluation.jsonl").open():
+        assert json.loads(line)["cut_texts/tokenizer_3"] == 0.5
+    assert read_run(out).metric_names == ("brightness",)
 
 
 def test_padding_of_a_text_changes_nothing_beyond_rounding(policy):

@@ -161,6 +161,12 @@ class ImageFlowPolicy(Policy):
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] of final latents [B, *]; the latents' gradient passes."""
 
+    def cut_tokens(self, prompt: Prompt, thought: str = "") -> Mapping[str, int]:
+        """How many tokens at the end of what is drawn, made of prompt and thought, are left out, by
+        the name of what reads it (a text encoder); 0: none. The names are those of every text;
+        without any the policy cuts no text, but refuses it."""
+        return {}
+
 
 class ImageReader(Policy):
     """A policy that looks at images: for editing, and for several rounds. What it is shown and told

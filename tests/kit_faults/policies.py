@@ -297,6 +297,40 @@ POLICY = [
 ]
 
 
+# --- of one with adapters ---------------------------------------------------------------------
+
+
+def without(policy: Any, real: Any, *given: Any) -> Any:
+    with policy._weights.adapters.off():
+        return real(*given)
+
+
+ADAPTED = [
+    PolicyFault(
+        "test_keeping_again_replaces",
+        "the first weights",
+        instead("weights", lambda policy, real, name: policy._weights.adapters.off()),
+    ),
+    PolicyFault(
+        "test_kept_weights_compute_the_past",
+        "not compute what it did",
+        instead("weights", lambda policy, real, name: torch.no_grad()),
+    ),
+    PolicyFault(
+        "test_saved_weights_load",
+        "not those saved",
+        instead("load", lambda policy, real, folder: None),
+    ),
+    PolicyFault("test_only_what_is_trained_takes_gradients", "are trainable", all_trainable),
+    PolicyFault("test_replay_gives_the_samplers_logps", "differ by", instead("write", without)),
+    PolicyFault(
+        "test_replay_gives_the_samplers_velocities",
+        "trainer, sampler",
+        instead("velocity", without),
+    ),
+]
+
+
 # --- of one that writes -----------------------------------------------------------------------
 
 
@@ -348,7 +382,9 @@ TEXT = [
     PolicyFault(
         "test_texts_are_padded_on_the_right",
         "not on the right",
-        written(lambda s: replace(s, mask=s.mask.flip(1).index_fill(1, torch.tensor([0]), True))),
+        written(
+            lambda s: replace(s, mask=torch.arange(s.mask.shape[1]) != s.mask.sum(1)[:, None] - 2)
+        ),
     ),
     PolicyFault(
         "test_texts_are_padded_on_the_right",
@@ -529,6 +565,19 @@ def always_drawing(policy: Any) -> None:
     )(policy)
 
 
+def reads_two_words(policy: Any, real: Any, prompts: Any) -> Any:
+    return real([replace(prompt, text=" ".join(prompt.text.split()[:2])) for prompt in prompts])
+
+
+def cuts(change: Callable[[str], dict[str, int]]) -> Callable[[Any], None]:
+    return instead("cut_tokens", lambda policy, real, prompt: change(prompt.text))
+
+
+def rising_cuts(policy: Any) -> None:
+    more = Growing()
+    cuts(lambda text: {"words": more(0)})(policy)
+
+
 IMAGE = [
     PolicyFault(
         "test_sizes_are_numbers",
@@ -545,6 +594,10 @@ IMAGE = [
         result("decode", lambda x: x * len(x) / 3),
     ),
     PolicyFault("test_images_are_in_range", "float64", result("decode", lambda x: x.double())),
+    PolicyFault("test_what_is_cut_is_counted", "and is silent", instead("open", reads_two_words)),
+    PolicyFault("test_what_is_cut_is_counted", "of another text", cuts(lambda text: {text: 0})),
+    PolicyFault("test_what_is_cut_is_counted", "-1", cuts(lambda text: {"words": -1})),
+    PolicyFault("test_what_is_cut_is_counted", "not alike", rising_cuts),
     PolicyFault(
         "test_velocities_are_float32_of_the_latents_shape",
         "float64",

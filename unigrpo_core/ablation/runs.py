@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from unigrpo_core.engine.cuts import is_cut
 from unigrpo_core.recipe.scored import score_names
 
 Row = Mapping[str, Any]
@@ -102,7 +103,8 @@ class Run:
     def metric_names(self) -> tuple[str, ...]:
         """What was evaluated at the start and at the end, views (VIEW:NAME) among it."""
         first, last = self.evaluations[0], self.evaluations[-1]
-        return tuple(name for name in first if name in last and name not in ("step", "prompts"))
+        scores = [n for n in first if n not in ("step", "prompts") and not is_cut(n)]
+        return tuple(name for name in scores if name in last)
 
     @cached_property
     def seconds(self) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
+from unigrpo_core.engine.cuts import is_cut, said_of_cuts
 from unigrpo_core.engine.loop import Reporter
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.recipe import Resolved
@@ -77,8 +78,9 @@ class Lines(Reporter):
         if step == 0:
             self.began = time.perf_counter()
         self.latest = dict(means)
-        shown = "  ".join(f"{_short(name)} {means[name]:.3f}" for name in _shown(means))
-        self.console.print(f"held-out prompts at step {step}:  {shown}", markup=False)
+        shown = [f"{_short(name)} {means[name]:.3f}" for name in _shown(means)]
+        figures = "  ".join((*shown, *said_of_cuts(means)))
+        self.console.print(f"held-out prompts at step {step}:  {figures}", markup=False)
 
     def finished(self, folder: Path, summary: Mapping[str, Any]) -> None:
         self.console.print(_before_after(summary))
@@ -132,6 +134,7 @@ def _figures(
         expert, _, name = key.partition("/")
         if expert in ("text", "image") and name not in known:
             yield f"{name} {value:.1e}"
+    yield from said_of_cuts(metrics)
     if metrics.get("tokens") and timing.get("text_s"):
         yield f"{metrics['tokens'] / timing['text_s']:.0f} tokens/s"
     if metrics.get("images") and timing.get("image_s"):
@@ -140,7 +143,7 @@ def _figures(
 
 def _shown(means: Mapping[str, float]) -> list[str]:
     """The scores that are worth a line: of a further view only the rewards themselves."""
-    return [name for name in means if ":" not in name or "/" not in name]
+    return [name for name in means if not is_cut(name) and (":" not in name or "/" not in name)]
 
 
 def _short(name: str) -> str:

@@ -52,11 +52,13 @@ def sample(arguments: argparse.Namespace) -> int:
     from unigrpo_core.engine.draw import draw_samples
 
     out = arguments.out or _next_picture(arguments.run / "samples")
-    thoughts = draw_samples(resolved, arguments.prompt, arguments.count, arguments.seed, out)
-    if thoughts is None:
+    drawn = draw_samples(resolved, arguments.prompt, arguments.count, arguments.seed, out)
+    if drawn.thoughts is None:
         print("draws without thinking")
-    for thought in thoughts or ():
+    for thought in drawn.thoughts or ():
         print(f"thinks: {thought or '(an empty thought)'}")
+    for said in drawn.cuts:
+        print(f"note: {said}")
     print(f"picture: {out}")
     return 0
 

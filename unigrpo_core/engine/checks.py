@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from unigrpo_core.engine.cuts import cut_prompts
 from unigrpo_core.engine.faults import no_memory, passes
 from unigrpo_core.engine.gap import finite
 from unigrpo_core.engine.setup import Setup
@@ -24,7 +25,8 @@ LOOKED_AT = 4096  # prompts of the stream that are looked at before a run begins
 
 def check_prompts(setup: Setup) -> list[str]:
     """Whether the policy takes the prompts to be used: the held-out ones, and those of the rollouts
-    as far as ``LOOKED_AT``. No prompt is cut to fit. Returns what the user should know of them.
+    as far as ``LOOKED_AT``. Returns what the user should know of them, such as how many the policy
+    cuts.
 
     Raises:
         UserError: it does not take some; the message counts them and says why of the first.
@@ -58,11 +60,12 @@ def check_prompts(setup: Setup) -> list[str]:
         raise UserError(f"{many}{refused[0]}") from refused[0]
     if refused:
         raise refused[0]
+    notes = cut_prompts(setup, tuple(different.values()))
     if fewer is None:
-        return []
+        return notes
     only = "1 prompt" if fewer == 1 else f"{fewer} prompts"
     key = "final_prompts" if options.final_prompts == wanted else "prompts"
-    return [f"{recipe.source.who} holds {only} out, and evaluation.{key} asks for {wanted}"]
+    return [f"{recipe.source.who} holds {only} out, and evaluation.{key} asks for {wanted}", *notes]
 
 
 def training_prompts(setup: Setup, step: int, further: int = 0) -> tuple[Prompt, ...]:

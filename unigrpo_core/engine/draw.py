@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from unigrpo_core.engine.checks import check_finite
+from unigrpo_core.engine.cuts import cut_texts, said_of_cuts
 from unigrpo_core.engine.folder import check_place
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import episodes
@@ -32,11 +34,18 @@ class Given(PromptSource):
         return (self.prompt,)[:count]
 
 
-def draw_samples(
-    resolved: Resolved, text: str, count: int, seed: int, out: Path
-) -> list[str] | None:
-    """Writes a sheet of ``count`` episodes for the prompt, sampled as in evaluation, and returns
-    their thoughts, None if they do not think. Rewards and the recipe's source are not built.
+@dataclass(frozen=True)
+class Drawn:
+    """The thoughts of what was drawn, None if it did not think; and who cut how many of the texts
+    that it was drawn of."""
+
+    thoughts: tuple[str, ...] | None
+    cuts: tuple[str, ...]
+
+
+def draw_samples(resolved: Resolved, text: str, count: int, seed: int, out: Path) -> Drawn:
+    """Writes a sheet of ``count`` episodes for the prompt, sampled as in evaluation. Rewards and
+    the recipe's source are not built.
 
     Raises:
         UserError: ``out`` cannot be written, or the policy does not understand the prompt.
@@ -61,7 +70,7 @@ def draw_samples(
         for row in range(len(batch))
     ]
     write_sheet(out, f"{resolved.name}, seed {seed}", [("samples", cards)])
-    return None if batch.thoughts is None else list(batch.thoughts)
+    return Drawn(batch.thoughts, tuple(said_of_cuts(cut_texts(setup, batch))))
 
 
 def _check_place(out: Path) -> None:

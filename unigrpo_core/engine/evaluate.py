@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from unigrpo_core.engine.checks import check_finite
+from unigrpo_core.engine.cuts import cut_texts
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import Scores, episodes, score
 from unigrpo_core.engine.setup import Setup
@@ -25,6 +26,7 @@ class Evaluated:
     view: View
     batch: RewardBatch
     scores: Scores
+    cut: Mapping[str, float]  # see unigrpo_core.engine.cuts, labelled as the means are
 
     def means(self) -> dict[str, float]:
         """The mean of every reward, monitor and detail over the prompts."""
@@ -48,7 +50,9 @@ def evaluate(setup: Setup, count: int, view: View) -> Evaluated:
     rollout = sample(setup, prompts, plan, KEY)
     check_finite(rollout)
     batch = episodes(rollout, "evaluation")
-    return Evaluated(view, batch, score((*setup.rewards, *setup.monitors), batch, details=True))
+    scores = score((*setup.rewards, *setup.monitors), batch, details=True)
+    cut = {view.label(name): value for name, value in cut_texts(setup, batch).items()}
+    return Evaluated(view, batch, scores, cut)
 
 
 def _swapped(setup: Setup, prompts: Sequence[Prompt]) -> TextSegment:

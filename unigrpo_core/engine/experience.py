@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from unigrpo_core.engine.checks import check_draws, check_finite, training_prompts
 from unigrpo_core.engine.clock import Clock
+from unigrpo_core.engine.cuts import cut_texts
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import Scores, advantages, episodes, score
 from unigrpo_core.engine.selection import Sampled, select
@@ -27,6 +28,8 @@ class Experience:
     data: TrainSet
     sampled: Sampled
     counts: Mapping[str, float]
+    cut: Mapping[str, float]
+    """See :func:`unigrpo_core.engine.cuts.cut_texts`."""
 
 
 def gather(setup: Setup, step: int, clock: Clock) -> Experience:
@@ -55,7 +58,8 @@ def gather(setup: Setup, step: int, clock: Clock) -> Experience:
             for level, segment in enumerate(recipe.episode)
         )
         data = build_train_set(setup, rollout, found, scores.total, key)
-    return Experience(rollout, scores, data, sampled, counts)
+    cut = cut_texts(setup, episodes(sampled.rollout, f"{recipe.seed}/{step}"))
+    return Experience(rollout, scores, data, sampled, counts, cut)
 
 
 def _sampled(setup: Setup, prompts: Sequence[Prompt], step: int, key: Key, clock: Clock) -> Sampled:

@@ -117,6 +117,7 @@ class Run:
             },
             **_sizes(rollout),
             **_calls(rollout, clock.calls, self.updater.calls - before),
+            **found.cut,
             **metrics,
         }
         timing = {f"{name}_s": seconds for name, seconds in clock.phases.items()}
@@ -130,18 +131,19 @@ class Run:
         count = options.final_prompts if edge else options.prompts
         main, *others = self.setup.views
         result = evaluate(self.setup, count, main)
-        means = result.means()
+        means, cut = result.means(), dict(result.cut)
         for view in others if edge else ():
-            means |= evaluate(self.setup, count, view).means()
+            further = evaluate(self.setup, count, view)
+            means, cut = means | further.means(), {**cut, **further.cut}
         self.history.append((step, means))
         self.folder.append(
-            "evaluation.jsonl", {"step": step, "prompts": len(result.batch), **means}
+            "evaluation.jsonl", {"step": step, "prompts": len(result.batch), **means, **cut}
         )
-        log(_prefixed("evaluation", means), step=step)
+        log(_prefixed("evaluation", {**means, **cut}), step=step)
         if options.sheet:
             self.shown[step] = cards(result, options.sheet)
             self._sheets(step)
-        self.reporter.evaluated(step, means)
+        self.reporter.evaluated(step, {**means, **cut})
 
     def _sheets(self, step: int) -> None:
         title = f"{self.resolved.name}: held-out prompts"

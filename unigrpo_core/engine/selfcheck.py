@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unigrpo_core.engine.checks import check_prompts, memory
 from unigrpo_core.engine.clock import Clock
+from unigrpo_core.engine.cuts import said_of_cuts
 from unigrpo_core.engine.experience import Experience, gather
 from unigrpo_core.engine.gap import CLIP_SHARE, IMAGE_MAX, RADIUS_SHARE, TEXT_MAX, TEXT_MEAN
 from unigrpo_core.engine.scoring import equal_groups
@@ -57,7 +58,8 @@ def _found(setup: Setup) -> Iterator[Finding]:
         return
     updater = Updater(setup)
     found = gather(setup, 1, Clock(setup.device))
-    yield Finding("samples", True, f"{_sizes(found)}; finite, each from draws of its own")
+    samples = [_sizes(found), "finite, each from draws of its own", *said_of_cuts(found.cut)]
+    yield Finding("samples", True, "; ".join(samples))
     yield from _rewards(setup, found)
     before = {
         expert: [p.detach().clone() for p in parameters]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unigrpo_core.errors import UserError
 from unigrpo_core.interfaces import History, ImageFlowPolicy
+from unigrpo_core.records import Prompt
 from unigrpo_core.testing.policies import POINTS, PolicyConformance, gradients
 from unigrpo_core.testing.samples import normal
 
@@ -55,6 +56,33 @@ class ImageFlowPolicyConformance(PolicyConformance):
         assert torch.isfinite(gradient).all(), "the gradient is not finite"
         assert gradient[0].any(), "the gradient is 0 everywhere"
         assert not gradient[1].any(), "an image's gradient reaches the latents of another"
+
+    # --- texts --------------------------------------------------------------------------------
+
+    def test_what_is_cut_is_counted(self, component: ImageFlowPolicy) -> None:
+        """Of texts that grow until they are refused, ``cut_tokens`` gives ints >= 0 by the same
+        names, alike when asked again; a text that nothing is said to be left out of is read to its
+        end: another end gives other velocities."""
+        first, last, other = (prompt.text for prompt in self.prompts[:3])
+        names = set(component.cut_tokens(self.prompts[0]))
+        for times in (1, 2, 4, 8, 16, 32, 64, 128):
+            texts = [" ".join((*[first] * times, end)) for end in (last, other)]
+            prompts = [Prompt(f"long-{row}", text) for row, text in enumerate(texts)]
+            try:
+                for prompt in prompts:
+                    component.prompt_tokens(prompt)
+            except UserError:
+                return
+            lost = [component.cut_tokens(prompt) for prompt in prompts]
+            assert lost == [component.cut_tokens(prompt) for prompt in prompts], "not alike"
+            for found in lost:
+                assert set(found) == names, f"{sorted(found)}, and {sorted(names)} of another text"
+                assert all(type(n) is int and n >= 0 for n in found.values()), f"{found}"
+            if any(any(found.values()) for found in lost):
+                return
+            x_t, t = (part[:1, 0] for part in self.noisy(component))
+            one, two = (component.velocity(component.open([p]), x_t, t) for p in prompts)
+            assert not torch.equal(one, two), f"it reads no end of {texts[0][:80]!r}, and is silent"
 
     # --- velocities ---------------------------------------------------------------------------
 

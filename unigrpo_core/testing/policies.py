@@ -62,7 +62,9 @@ def part_of(table: Mapping[str, Any]) -> PolicySlot:
 
 class PolicyConformance(Conformance):
     """Checks of any policy, in float32 on the CPU. It is built anew for every check, so give it
-    small weights. A policy that writes and draws takes both classes derived from this::
+    small weights, and what it trains is moved a little, as by an update: adapters that still change
+    nothing would hide who forgets them. A policy that writes and draws takes both classes derived
+    from this::
 
         class TestMine(TextPolicyConformance, ImageFlowPolicyConformance):
             use = "mine"
@@ -96,6 +98,11 @@ class PolicyConformance(Conformance):
         return PolicySlot.model_construct(
             use=component.name, component=component, options=options, **getattr(self, "parts", {})
         )
+
+    def build(self, given: Mapping[str, Any]) -> Any:
+        policy = super().build(given)
+        shake(policy)
+        return policy
 
     def built(self, options: Any, *arguments: Any) -> Any:
         return self.trained(options, self.experts())
@@ -234,9 +241,10 @@ class PolicyConformance(Conformance):
 
     # --- weights ------------------------------------------------------------------------------
 
-    def test_kept_weights_compute_the_past(self, component: Policy) -> None:
-        """Under ``weights`` it computes what it did when they were kept, without gradient; after it
-        the current weights are back bit for bit, also after an error."""
+    def test_kept_weights_compute_the_past(self, given: Mapping[str, Any]) -> None:
+        """Under ``weights`` it computes what it did when they were kept, before any update, without
+        gradient; after it the current weights are back bit for bit, also after an error."""
+        component = self.trained(self.stated(given), self.experts())
         context = self.context(component)
         component.keep("reference")
         with torch.no_grad():
@@ -339,11 +347,13 @@ def copies(policy: Policy) -> dict[str, Tensor]:
 
 
 def shake(policy: Policy) -> None:
-    """Moves every owned weight a little, as an update would."""
+    """Moves every owned weight that is trained a little, as an update would; under adapters the
+    others stay as they are."""
     with torch.no_grad():
         for owned in policy.parameters().values():
             for name, parameter in owned.items():
-                parameter.add_(0.02 * normal(name, *parameter.shape))
+                if parameter.requires_grad:
+                    parameter.add_(0.02 * normal(name, *parameter.shape))
 
 
 def gradients(policy: Policy, expert: str, value: Tensor) -> list[Tensor]:

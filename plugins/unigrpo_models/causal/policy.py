@@ -116,11 +116,16 @@ def load_causal(
         UserError: the folder has no causal language model, not all of its weights, or no tokenizer
             that fits; or the placement asks for what is not done with these models.
     """
-    for asked, key in ((place.compile, "compile"), (place.cuda_graphs, "cuda_graphs")):
+    pair = "; in a pair eager = true beside its checkpoint leaves it out of this"
+    for asked, key, more in (
+        (place.compile, "compile", pair),
+        (place.cuda_graphs, "cuda_graphs", ""),
+    ):
         if asked:
             raise UserError(
                 f"compute.{key} is true, which hf_causal_lm does not do: its passes are "
-                f"transformers' own; set compute.{key} = false"
+                f"transformers' own, whose cache is no part of a graph; set compute.{key} = "
+                f"false{more}"
             )
     whole = trained_whole("text", place, lora)
     dtype = torch.float32 if whole else place.compute

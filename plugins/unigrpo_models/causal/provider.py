@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,11 @@ class CausalOptions(Options):
         description="what the chat template is told under this name, if it knows it, as Qwen3's "
         "does; absent: nothing",
     )
+    eager: bool = Field(
+        False,
+        description="whether this model computes as it is though compute.compile is true, which in "
+        "a pair is then the painter's alone; by default it refuses, since it is not compiled",
+    )
     lora_rank: int = Field(
         0, ge=0, description="rank of adapters on the layers below; 0: the whole model is trained"
     )
@@ -88,6 +94,8 @@ def build(options: CausalOptions, place: Placement) -> CausalPolicy:
         close=options.close,
         enable_thinking=options.enable_thinking,
     )
+    if options.eager:
+        place = replace(place, compile=False)
     folder = fetched_folder("checkpoint", options.checkpoint, FILES)
     return load_causal(folder, style, place, lora=lora, name=options.checkpoint)
 

@@ -178,3 +178,6 @@ class ComposedPolicy(TextPolicy, ImageFlowPolicy):
 
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         return self.image.decode(latents, size)
+
+    def cut_tokens(self, prompt: Prompt, thought: str = "") -> Mapping[str, int]:
+        return self.image.cut_tokens(told(self.template, prompt, thought))

@@ -96,8 +96,8 @@ class FluxPainter(Painter):
                 "image.guidance"
             )
 
-    def text_tokens(self, text: str) -> int:
-        return max(words.count(text) for words in self._words)
+    def readers(self, text: str) -> Sequence[tuple[Tokenizer, str]]:
+        return [(words, text) for words in self._words]
 
     def read(self, text: str) -> Condition:
         device, dtype = self.place.device, self.place.compute

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from unigrpo_core.plugin import Placement
-from unigrpo_models.painters.parts import moved
+from unigrpo_models.painters.parts import Tokenizer, moved
 
 Condition = Mapping[str, Tensor]
 """What a network reads of texts: tensors whose first axis is the text's."""
@@ -60,12 +60,8 @@ class Painter(ABC):
     # --- what differs -------------------------------------------------------------------------
 
     @abstractmethod
-    def text_tokens(self, text: str) -> int:
-        """How many tokens the text takes, in the encoder where it takes the most.
-
-        Raises:
-            UserError: more than an encoder reads, and the text is not to be cut.
-        """
+    def readers(self, text: str) -> Sequence[tuple[Tokenizer, str]]:
+        """The tokenizers of the encoders, each with what it reads for this text."""
 
     @abstractmethod
     def read(self, text: str) -> Condition:
@@ -94,6 +90,20 @@ class Painter(ABC):
         """float32 [B, 3, H, W] in [0, 1] of final latents [B, *], without gradient."""
 
     # --- what does not ------------------------------------------------------------------------
+
+    def text_tokens(self, text: str) -> int:
+        """How many tokens the text takes, in the encoder where it takes the most.
+
+        Raises:
+            UserError: more than an encoder reads, and the text is not to be cut.
+        """
+        return max(words.count(told) for words, told in self.readers(text))
+
+    def cut_tokens(self, text: str) -> Mapping[str, int]:
+        """How many tokens at its end are not read, by the name of the tokenizer; empty: a text that
+        is too long is refused."""
+        lost = {words.name: words.cut(told) for words, told in self.readers(text)}
+        return {name: count for name, count in lost.items() if count is not None}
 
     def encode(self, texts: Sequence[str]) -> Condition:
         """The condition of texts, a row each, on the device and without gradient. A text is read

@@ -107,19 +107,27 @@ class Tokenizer:
     template: str = "{}"
     dropped: int = 0
 
+    def taken(self, text: str) -> int:
+        """All the tokens of a text, those of the template that are read counted."""
+        told = self.template.format(text)
+        return len(self.tokenizer(told, verbose=False).input_ids) - self.dropped
+
+    def cut(self, text: str) -> int | None:
+        """How many of them the encoder does not read; None: no text is to be cut."""
+        return None if self.overlong == "error" else max(0, self.taken(text) - self.limit)
+
     def count(self, text: str) -> int:
         """The tokens of a text that the encoder reads.
 
         Raises:
             UserError: it takes more than the limit, and is not to be cut.
         """
-        told = self.template.format(text)
-        count = len(self.tokenizer(told, verbose=False).input_ids) - self.dropped
+        count = self.taken(text)
         if count > self.limit and self.overlong == "error":
             raise UserError(
                 f"a text takes {count} tokens in {self.name}, whose encoder takes {self.limit}: "
-                f'{text[:80]!r}; shorten it, or set policy.overlong = "cut" to leave out its end, '
-                "as diffusers does"
+                f'{text[:80]!r}; shorten it, or set overlong = "cut" beside the checkpoint, to '
+                "leave out its end, as diffusers does, and have that counted"
             )
         return min(count, self.limit)
 

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from unigrpo_core.errors import UserError
 from unigrpo_core.interfaces import History, ImageFlowPolicy
 from unigrpo_core.plugin import Placement
 from unigrpo_core.records import Prompt, Replay, ReplayBatch
@@ -107,6 +108,12 @@ class PainterPolicy(ImageFlowPolicy):
     ) -> None:
         self.painter = painter
         painter.text_tokens(negative)
+        if lost := {n: count for n, count in painter.cut_tokens(negative).items() if count}:
+            name, count = max(lost.items(), key=lambda item: item[1])
+            raise UserError(
+                f"policy.negative is longer than {name} reads, whose encoder would leave out its "
+                f"last {count} tokens; shorten it"
+            )
         self._weights = PainterWeights(painter, place, lora)
         self._root = PainterRoot(painter, template, negative)
 
@@ -159,3 +166,6 @@ class PainterPolicy(ImageFlowPolicy):
 
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         return self.painter.decode(latents, size)
+
+    def cut_tokens(self, prompt: Prompt, thought: str = "") -> Mapping[str, int]:
+        return self.painter.cut_tokens(conditioning_text(self._root.template, prompt.text))

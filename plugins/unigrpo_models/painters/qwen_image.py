@@ -29,6 +29,7 @@ Deviations and readings
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -82,8 +83,8 @@ class QwenImagePainter(Painter):
         self._autoencoder, self._shift = autoencoder, folder.shift
         self._config: Any = network.config
 
-    def text_tokens(self, text: str) -> int:
-        return self._words.count(text)
+    def readers(self, text: str) -> Sequence[tuple[Tokenizer, str]]:
+        return [(self._words, text)]
 
     def read(self, text: str) -> Condition:
         ids, mask = self._words.padded(text, self.place.device)

@@ -23,6 +23,7 @@ Deviations and readings
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,9 +85,8 @@ class SanaPainter(Painter):
         self._long = Tokenizer("tokenizer", tokenizer, long, options.overlong)
         self._config: Any = network.config
 
-    def text_tokens(self, text: str) -> int:
-        words, told = self._told(text)
-        return words.count(told)
+    def readers(self, text: str) -> Sequence[tuple[Tokenizer, str]]:
+        return [self._told(text)]
 
     def read(self, text: str) -> Condition:
         words, told = self._told(text)

@@ -81,8 +81,8 @@ class SD3Painter(Painter):
         self._t5_tokens = options.max_text_tokens
         self._config: Any = network.config
 
-    def text_tokens(self, text: str) -> int:
-        return max(words.count(text) for words in self._words)
+    def readers(self, text: str) -> Sequence[tuple[Tokenizer, str]]:
+        return [(words, text) for words in self._words]
 
     def read(self, text: str) -> Condition:
         device, dtype = self.place.device, self.place.compute
