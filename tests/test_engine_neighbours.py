@@ -4,6 +4,7 @@ and scores with a gradient."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -11,8 +12,9 @@ import torch
 from tiny import lines
 
 from unigrpo_core.engine.scoring import graded
+from unigrpo_core.engine.selfcheck import self_check
 from unigrpo_core.engine.update import Updater
-from unigrpo_core.errors import PluginError
+from unigrpo_core.errors import PluginError, UserError
 
 MSE = "image.regularizers=[{use='velocity_mse', weight=1.0, anchor='ema'}]"
 DRAWS = ("episode=['draw']", "train=['image']", "group.fan_out=[3]")
@@ -64,6 +66,27 @@ def test_rollouts_are_sampled_by_the_average(checkpoint, tmp_path):
     assert gaps[-1]["text/ratio_deviation"] > 1e-3
 
 
+def test_the_trainer_is_compared_with_itself_where_the_average_samples(checkpoint, tmp_path):
+    """Velocities that change from the third forward on: the average's, the update's, and again."""
+    built = tiny.setup(tmp_path, checkpoint, "ema={decay=0.5, sample=true}", "updates.count=1")
+    calls = []
+
+    def drift(module, args, replay):
+        calls.append(1)
+        return replace(replay, velocities=replay.velocities + 0.01 * (len(calls) > 2))
+
+    built.policy.root.register_forward_hook(drift)
+    with pytest.raises(UserError, match="the trainer's own image log-ratio, twice"):
+        Updater(built)(tiny.train_set(built))
+
+
+def test_signal_is_measured_where_the_average_samples(checkpoint, tmp_path):
+    built = tiny.setup(
+        tmp_path, checkpoint, "ema={decay=0.5, sample=true}", "optimizer.signal_every=1"
+    )
+    assert "text/grad_cosine" in Updater(built)(tiny.train_set(built))
+
+
 # --- turns ------------------------------------------------------------------------------------
 
 
@@ -79,6 +102,26 @@ def test_experts_train_in_turn(checkpoint, tmp_path):
         assert moved
         assert moved <= {n for n, _ in named(built, expert)}, step
         assert {key.partition("/")[0] for key in metrics} - {"gap"} == {expert}
+
+
+def test_both_turns_warm_up_and_hold_the_reference_still(checkpoint, tmp_path):
+    """The image's first update is its own first, whatever the text's steps before."""
+    turns = ("updates.turns={text=2, image=1}", "updates.count=1", "optimizer.warmup_updates=4")
+    pull = "image.regularizers=[{use='velocity_mse', weight=1.0}]"
+    built = tiny.setup(tmp_path, checkpoint, *turns, pull, "text.lr=0.1", "image.lr=0.1")
+    updater, rates, looked = Updater(built), [], []
+    check = updater._check_reference
+    updater._check_reference = lambda *args: (looked.append(1), check(*args))
+    for step in (1, 2, 3):
+        updater(tiny.train_set(built, step))
+        groups = {group["expert"]: group["lr"] for group in updater.optimizer.param_groups}
+        rates.append((groups["text"], groups["image"], len(looked)))
+    assert rates == [(0.025, 0, 1), (0.05, 0, 1), (0.05, 0.025, 2)]
+
+
+def test_the_self_check_looks_at_both_turns(checkpoint, tmp_path):
+    found = self_check(tiny.recipe(tmp_path, checkpoint, "updates.turns={text=2, image=1}"))
+    assert {"text step", "image step", "images, sampler against trainer"} <= {f.name for f in found}
 
 
 def named(built, expert):
@@ -138,6 +181,15 @@ def test_prompts_that_are_left_are_shared_out_evenly(checkpoint, tmp_path):
     object.__setattr__(built.recipe.updates, "data", "disjoint")
     shares = Updater(built)._shares(data)
     assert [len(set(data.owner[rows].tolist())) for rows in shares] == [3, 2]
+
+
+def test_signal_is_measured_when_fewer_prompts_left_fewer_updates(checkpoint, tmp_path):
+    every = ("optimizer.signal_every=1", "updates.count=2")
+    one = tiny.train_set(tiny.setup(tmp_path, checkpoint, "prompts=1", "updates.count=1"))
+    built = tiny.setup(tmp_path, checkpoint, *every)
+    updater = Updater(built)
+    updater(one)
+    assert "text/grad_cosine" in updater(tiny.train_set(built, 2))
 
 
 # --- budgets ----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The self-check: does this recipe, with this model, on this machine, train what it should?
 
-One rollout, one pass over its updates, in memory only. Everything that a run would stop at is
-found here, and some things that it would only count: a reward that is the same for all, a step that
-changes next to nothing.
+One rollout, one pass over its updates, in memory only (two, where the experts train in turns: one
+of each). Everything that a run would stop at is found here, and some things that it would only
+count: a reward that is the same for all, a step that changes next to nothing.
 """
 
 from __future__ import annotations
@@ -61,9 +61,18 @@ def _found(setup: Setup) -> Iterator[Finding]:
     samples = [_sizes(found), "finite, each from draws of its own", *said_of_cuts(found.cut)]
     yield Finding("samples", True, "; ".join(samples))
     yield from _rewards(setup, found)
+    yield from _trained(setup, updater, found)
+    turns = setup.recipe.updates.turns
+    if turns is not None:
+        yield from _trained(setup, updater, gather(setup, turns.text + 1, Clock(setup.device)))
+    if "reference" in updater.anchors:
+        yield Finding("reference", True, "computes after the update what it did before")
+
+
+def _trained(setup: Setup, updater: Updater, found: Experience) -> Iterator[Finding]:
+    """The rollout's updates, of the experts whose turn it is."""
     before = {
-        expert: [p.detach().clone() for p in parameters]
-        for expert, parameters in updater.experts.items()
+        expert: [p.detach().clone() for p in updater.experts[expert]] for expert in found.data.train
     }
     metrics = updater(found.data)
     yield from _gaps(setup, found, metrics)
@@ -71,8 +80,6 @@ def _found(setup: Setup) -> Iterator[Finding]:
         parameters = updater.experts[expert]
         yield Finding(f"{expert} gradient", True, f"norm {metrics[f'{expert}/grad_norm']:.2g}")
         yield _step(expert, before[expert], [p.detach() for p in parameters])
-    if "reference" in updater.anchors:
-        yield Finding("reference", True, "computes after the update what it did before")
 
 
 def _model(setup: Setup) -> Finding:

@@ -48,11 +48,11 @@ class Updater:
             for expert in sorted(recipe.train)
         }
         groups = [
-            {"params": parameters, "lr": rates[expert], "rate": rates[expert]}
+            {"params": parameters, "lr": rates[expert], "rate": rates[expert], "expert": expert}
             for expert, parameters in self.experts.items()
         ]
         self.root: nn.Module = setup.policy.root
-        self.updates = 0
+        self.steps: dict[Expert, int] = dict.fromkeys(self.experts, 0)
         self.calls = 0  # velocities computed so far
         if groups:
             self.root, self.optimizer = setup.accelerator.prepare(
@@ -101,8 +101,8 @@ class Updater:
                 self._record(data, rows, kept.old, _Wanted(), gap)
         metrics: dict[str, float] = {}
         for number, rows in enumerate(shares):
-            first, own = self.updates == 0, number == 0 and not recipe.ema.sample
-            metrics |= self._update(data, rows, kept, gap if own else None)
+            first = not all(self.steps[expert] for expert in data.train)
+            metrics |= self._update(data, rows, kept, None if number else gap)
             if first and "reference" in kept.anchors:
                 self._check_reference(data, kept.anchors["reference"])
         self.rollouts += 1
@@ -191,8 +191,9 @@ class Updater:
         self, data: TrainSet, rows: Tensor, kept: Kept, gap: Gap | None
     ) -> dict[str, float]:
         """One optimizer step on the rows. With ``gap``, it is the rollout's first: its own forward
-        gives the old values, and the gap is checked before the step."""
+        gives the old values, unless the average sampled, and the gap is checked before the step."""
         setup, losses = self.setup, Losses(self.setup, data, rows, kept)
+        own = gap is not None and not setup.recipe.ema.sample
         signal = Signal(self.experts)
         measured = gap is not None and self._measures_signal()
         parts = halves(rows, data.owner) if measured else (rows,)
@@ -203,17 +204,19 @@ class Updater:
             for batch in data.micro_batches(part, setup.recipe.compute.replay_tokens):
                 points = data.part(batch)
                 logps, v = self._forward(data, batch, points, _Wanted())
-                if gap is not None:
+                if gap is not None and own:
                     self._measure(gap, data, batch, points, logps, v)
                     kept.old.put(batch, logps, v)
-                    if twice and v is not None and points is not None and not self._fresh:
-                        self._measure_twice(gap, data, batch, points, v)
+                if gap is not None and twice:
                     twice = False
+                    if v is not None and points is not None and not self._fresh:
+                        self._measure_twice(gap, data, batch, points, v)
                 loss = losses(batch, points, logps, v)
                 if loss.requires_grad:
                     setup.accelerator.backward(loss)
         if gap is not None:
             self._check_gap(gap, data, kept)
+        if own or not any(self.steps.values()):  # where every ratio is 1, so none is clipped
             check_reached(
                 {expert: self.experts[expert] for expert in data.train},
                 {
@@ -242,9 +245,8 @@ class Updater:
 
     def _measures_signal(self) -> bool:
         """Whether it is the turn of the rollout that begins."""
-        recipe = self.setup.recipe
-        every = recipe.optimizer.signal_every * recipe.updates.count
-        return bool(every) and self.updates % every == 0
+        every = self.setup.recipe.optimizer.signal_every
+        return bool(every) and self.rollouts % every == 0
 
     def _measure_twice(
         self, gap: Gap, data: TrainSet, batch: MicroBatch, points: Points, v: Velocity
@@ -256,7 +258,6 @@ class Updater:
     def _step(self, train: frozenset[Expert]) -> dict[str, float]:
         """One step of these experts; the others' gradients are forgotten."""
         recipe = self.setup.recipe.optimizer
-        warm = min(1.0, (self.updates + 1) / max(1, recipe.warmup_updates))
         found: dict[str, float] = {}
         for expert, parameters in self.experts.items():
             if expert not in train:
@@ -266,9 +267,10 @@ class Updater:
             norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             finite(f"the gradient of the {expert} expert", norm)
             found[f"{expert}/grad_norm"] = float(norm)
+            self.steps[expert] += 1
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * warm
+            warm = self.steps[group["expert"]] / max(1, recipe.warmup_updates)
+            group["lr"] = group["rate"] * min(1.0, warm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
         return found
