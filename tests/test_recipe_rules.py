@@ -36,6 +36,7 @@ DRAW = ('episode=["draw"]', 'train=["image"]', "group.fan_out=[12]")
         ("image.objective.use=forward", "image.scheduler={use='ode', steps=8}"),
         ("image.objective.use=by_score", "rewards=[{use='smooth'}, {use='other', weight=0}]"),
         ("image.objective.use=by_average", "ema.decay=0.9"),
+        ("image.regularizers=[{use='mse', weight=0, anchor='ema'}]",),
         ("image.objective.use=in_nats",),
         ("updates.turns={text=2, image=1}",),
         ("train=[]", "steps=0"),
@@ -173,7 +174,23 @@ def test_what_is_right(broken, overrides):
             "image.window",
             "the last step of image.scheduler 'ends' has no noise, and this window has rollout 1",
         ),
+        (
+            ("image.objective.use=plain", "image.scheduler={use='ode', steps=8, noise_level=1}"),
+            "image.scheduler.noise_level",
+            "'ode' has no noise, got 1: leave it out",
+        ),
+        (
+            (
+                "image.objective.use=plain",
+                "image.regularizers=[{use='kl', weight=1}]",
+                "image.scheduler={use='ends', steps=8, noise_level=0.8}",
+                "image.window={use='random', size=1, range=[7, 8]}",
+            ),
+            "image.window",
+            "the last step of image.scheduler 'ends' has no noise, and this window has rollout 1",
+        ),
         (("ema.sample=true",), "ema.sample", "there is no moving average of the weights"),
+        (("ema.slope=0.1",), "ema.slope", "there is no moving average of the weights"),
         (
             (
                 "image.objective.use=in_nats",

@@ -278,14 +278,15 @@ def _average(recipe: Recipe) -> Broke:
     if recipe.ema.decay:
         return
     why = "there is no moving average of the weights: set ema.decay, such as 0.9"
-    if recipe.ema.sample:
-        yield Broken(("ema", "sample"), why)
+    for key, stated in (("sample", recipe.ema.sample), ("slope", recipe.ema.slope)):
+        if stated:
+            yield Broken(("ema", key), why)
     slot = recipe.image.objective
     if "image" in recipe.train and slot and "ema" in _built(slot, ("image", "objective")).needs:
         yield Broken(("image", "objective"), f"{slot.use!r} needs it, but {why}")
     for expert, slots in (("text", recipe.text.regularizers), ("image", recipe.image.regularizers)):
         for place, penalty in enumerate(slots):
-            if penalty.anchor == "ema" and expert in recipe.train:
+            if penalty.weight and penalty.compares_with == "ema" and expert in recipe.train:
                 yield Broken((expert, "regularizers", place, "anchor"), why)
 
 
@@ -307,8 +308,14 @@ def _noise(recipe: Recipe) -> Broke:
             f"got {slot.noise_level:g}"
         )
         yield Broken(("image", "scheduler", "noise_level"), message)
-    trains = objective and "std" in objective.component.provider.needs
-    if scheduler.last_step or not trains or window is None or "image" not in recipe.train:
+    trained = (*([objective] if objective else ()), *recipe.image.regularizers)
+    divides = "image" in recipe.train and any(
+        "std" in part.component.provider.needs for part in trained
+    )
+    if slot.noise_level and not scheduler.stochastic and not divides:
+        message = f"{slot.use!r} has no noise, got {slot.noise_level:g}: leave it out"
+        yield Broken(("image", "scheduler", "noise_level"), message)
+    if scheduler.last_step or not divides or window is None:
         return
     built: Window = _built(window, ("image", "window"))
     for step in range(1, min(recipe.steps, ROLLOUTS) + 1):
