@@ -23,6 +23,8 @@ PROMPT = 9  # tokens; of no matter where a micro-batch holds everything, or one 
 
 GUIDED = "image.guidance={use='cfg', scale=2.0, interval=[0.4, 0.9]}"
 ANCHORED = "image.regularizers=[{use='velocity_mse', weight=0.1}]"
+AVERAGE = "image.regularizers=[{use='velocity_mse', weight=0.1, anchor='ema'}]"
+FRESH = "image.objective={use='awm', times=5}"
 WHOLE, SPLIT = "compute.replay_tokens=100000", "compute.replay_tokens=1"
 
 
@@ -58,8 +60,14 @@ def account(tmp_path, checkpoint):
         ),
         (WHOLE, ANCHORED, "episode=['draw']", "train=['image']", "group.fan_out=[3]"),
         (WHOLE, "train=['text']"),
+        (SPLIT, "ema={decay=0.5, sample=true}", "prompts=2", AVERAGE),
+        (WHOLE, FRESH, "image.scheduler={use='ode', steps=3}"),
+        (WHOLE, "updates.turns={text=1, image=1}", "steps=2"),
     ],
-    ids=["plain", "anchored", "split", "repeat", "branching", "draw", "text"],
+    ids=[
+        *("plain", "anchored", "split", "repeat", "branching", "draw", "text"),
+        *("average", "fresh", "turns"),
+    ],
 )
 def test_network_calls_are_those_of_a_run(tmp_path, checkpoint, account, overrides):
     quiet = ("evaluation.final_prompts=1", "evaluation.every=0", "evaluation.scheduler.steps=1")

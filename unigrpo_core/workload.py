@@ -54,8 +54,9 @@ class Calls:
     run's ``network_calls`` counts them."""
 
     sampling: float = 0.0
-    old: float = 0.0  # old values of the updates after the first
+    old: float = 0.0  # old values of the updates after the first; of all, if the average samples
     reference: float = 0.0
+    average: float = 0.0  # the moving average's, where they are compared with
     update: float = 0.0
     again: float = 0.0  # the first micro-batch, computed twice to see the trainer's own gap
     unguided: float = 0.0  # of those in sampling: in the conditional context
@@ -64,7 +65,7 @@ class Calls:
     @property
     def total(self) -> float:
         """Of every step but the first."""
-        return self.sampling + self.old + self.reference + self.update + self.again
+        return sum((self.sampling, self.old, self.reference, self.average, self.update, self.again))
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class Workload:
         signal: whether a copy of the gradients is kept now and then.
         checkpointing: what of the activations is kept between forward and backward.
         reference_on: where a copy of the starting weights lies while it is not used.
+        fresh: whether points are drawn, not steps of the sampler.
+        averaged, average_samples: whether there is a moving average of the weights, and whether
+            rollouts are its.
+        average_text, average_image: which passes it makes beside that.
+        draws: of the rollouts of ``windows``, whether images are trained on; empty: on all.
     """
 
     prompts: int
@@ -116,6 +122,12 @@ class Workload:
     precision: Literal["float32", "bf16"]
     checkpointing: Literal["none", "selective", "full"] = "none"
     reference_on: Literal["device", "host"] = "device"
+    fresh: bool = False
+    averaged: bool = False
+    average_samples: bool = False
+    average_text: bool = False
+    average_image: bool = False
+    draws: tuple[bool, ...] = ()
 
     @property
     def context(self) -> int:
@@ -129,6 +141,18 @@ class Workload:
     @property
     def reference(self) -> bool:
         return self.reference_text or self.reference_image
+
+    @property
+    def share(self) -> int:
+        """Contexts of an update."""
+        return self.rows // self.updates if self.disjoint else self.rows
+
+    @property
+    def old_rows(self) -> int:
+        """Contexts whose old values take a forward of their own."""
+        if self.average_samples:
+            return self.rows
+        return (self.updates - 1) * self.share if self.disjoint else 0
 
     def micro_batches(self, rows: int, image_tokens: int) -> tuple[MicroBatch, ...]:
         """How ``rows`` contexts are cut into replays of at most ``replay_tokens`` tokens, a point
@@ -151,12 +175,18 @@ class Workload:
         if not self.images:
             return ()
         guided = self.guided(shift)
-        known = {window: self._calls(window, guided, image_tokens) for window in {*self.windows}}
-        return tuple(known[window] for window in self.windows)
+        draws = self.draws or (True,) * len(self.windows)
+        rollouts = tuple(zip(self.windows, draws, strict=True))
+        known = {one: self._calls(*one, guided, image_tokens) for one in {*rollouts}}
+        return tuple(known[one] for one in rollouts)
 
-    def _calls(self, window: Sequence[int], guided: Sequence[bool], image_tokens: int) -> Calls:
+    def _calls(
+        self, window: Sequence[int], draws: bool, guided: Sequence[bool], image_tokens: int
+    ) -> Calls:
         sampling, unguided = self._sampled(window, guided)
-        share = self.rows // self.updates if self.disjoint else self.rows
+        share = self.share
+        if not draws:
+            return Calls(sampling=sampling, unguided=unguided)
 
         def cut(rows: int) -> tuple[MicroBatch, ...]:
             return self.micro_batches(rows, image_tokens) if self.points and rows else ()
@@ -164,20 +194,25 @@ class Workload:
         def cost(batches: Sequence[MicroBatch]) -> float:
             return sum(b.rows * self._cost(b.columns, window, guided) for b in batches)
 
-        everyone = cut(self.rows) if self.reference_image else ()
+        everyone = cut(self.rows)
+        anchored = everyone if self.reference_image else ()
+        old = cost(everyone) if self.average_samples else self.old_rows / share * cost(cut(share))
         return Calls(
             sampling=sampling,
-            old=(self.updates - 1) * cost(cut(share)) if self.disjoint else 0.0,
-            reference=cost(everyone),
+            old=old,
+            reference=cost(anchored),
+            average=cost(everyone) if self.average_image else 0.0,
             update=self.updates * cost(cut(share)),
-            again=cost(cut(share)[:1]),
+            again=0.0 if self.fresh else cost(cut(share)[:1]),
             unguided=unguided,
-            first_step=cost(cut(everyone[0].rows)) if everyone else 0.0,
+            first_step=cost(cut(anchored[0].rows)) if anchored else 0.0,
         )
 
     def _cost(self, columns: range, window: Sequence[int], guided: Sequence[bool]) -> int:
-        """Velocities of one context's columns: all have the branches if one of them is guided."""
-        active = any(guided[window[column % self.points]] for column in columns)
+        """Velocities of one context's columns: all have the branches if one of them is guided,
+        which points that are drawn are taken to be."""
+        steps = () if self.fresh else [window[column % self.points] for column in columns]
+        active = any(guided) if self.fresh else any(guided[step] for step in steps)
         return len(columns) * (1 + self.branches * active)
 
     def _sampled(self, window: Sequence[int], guided: Sequence[bool]) -> tuple[float, float]:

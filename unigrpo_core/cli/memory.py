@@ -109,7 +109,7 @@ def _calls(account: Account) -> str:
     if not account.calls:
         return ""
     rows = [("network calls", "a step", "of one image at one time in one context")]
-    for name in ("sampling", "old", "reference", "update", "again"):
+    for name in ("sampling", "old", "reference", "average", "update", "again"):
         mean = _mean([getattr(one, name) for one in account.calls])
         if mean:
             rows.append((NAMES.get(name, name), f"{mean:,.0f}", ""))

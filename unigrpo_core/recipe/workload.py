@@ -51,8 +51,9 @@ def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
         disjoint=recipe.updates.data == "disjoint",
         train=frozenset(recipe.train),
         scored=train_text and text.objective is not None,
-        reference_text=train_text and _anchored(text.regularizers),
-        reference_image=train_image and (_anchored(image.regularizers) or "reference" in needs),
+        reference_text=train_text and _anchored(text.regularizers, "reference"),
+        reference_image=train_image
+        and (_anchored(image.regularizers, "reference") or "reference" in needs),
         context_gradient=image.context_gradient,
         signal=recipe.optimizer.signal_every > 0,
         rollout_rows=compute.rollout_rows,
@@ -61,11 +62,17 @@ def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
         precision=compute.precision,
         checkpointing=compute.checkpointing,
         reference_on=compute.reference,
+        fresh=objective is not None and objective.fresh,
+        averaged=recipe.ema.decay > 0,
+        average_samples=recipe.ema.sample,
+        average_text=train_text and _anchored(text.regularizers, "ema"),
+        average_image=train_image and (_anchored(image.regularizers, "ema") or "ema" in needs),
+        draws=tuple("image" in recipe.trained(step) for step in range(1, len(windows) + 1)),
     )
 
 
-def _anchored(slots: Sequence[RegularizerSlot]) -> bool:
-    return any(slot.compares_with == "reference" for slot in slots if slot.weight)
+def _anchored(slots: Sequence[RegularizerSlot], anchor: str) -> bool:
+    return any(slot.compares_with == anchor for slot in slots if slot.weight)
 
 
 def _windows(recipe: Recipe) -> tuple[tuple[int, ...], ...]:

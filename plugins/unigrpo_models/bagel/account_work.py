@@ -14,17 +14,18 @@ class PhaseWork(Counted):
         step = accounting.optimizer(
             self.config, load.train, self.lora, rank=adapters.rank, modules=adapters.modules
         )
-        later = load.updates - 1 if load.disjoint else 0
-        reference = int(load.reference)
+        reference, whole = int(load.reference), load.rows / self.share
+        average = int(load.average_text or load.average_image)
         return {
             "reading": self._reading(),
             "writing": self._writing(),
             "denoising": self._denoised(calls),
-            "reference": reference
-            * self._replay(load.reference_text, load.reference_image)
-            * (load.rows / self.share)
+            "reference": reference * self._replay(load.reference_text, load.reference_image) * whole
             + self._branches(calls, "reference"),
-            "old values": later * self._replay(True, True) + self._branches(calls, "old"),
+            "average": average * self._replay(load.average_text, load.average_image) * whole
+            + self._branches(calls, "average"),
+            "old values": load.old_rows / self.share * self._replay(True, True)
+            + self._branches(calls, "old"),
             "forward and backward": load.updates * self._replay(True, True, load.train)
             + self._branches(calls, "update", load.train),
             "optimizer": load.updates * step,
@@ -94,7 +95,8 @@ class PhaseWork(Counted):
         mean = sum(getattr(one, phase) for one in calls) / len(calls)
         plain = {
             "reference": load.rows,
-            "old": (load.updates - 1) * self.share,
+            "average": load.rows,
+            "old": load.old_rows,
             "update": load.updates * self.share,
         }[phase] * load.columns
         one = accounting.replay(
