@@ -11,7 +11,7 @@ import tiny
 import torch
 from tiny import lines
 
-from unigrpo_core.engine.scoring import graded
+from unigrpo_core.engine.scoring import Scores, graded
 from unigrpo_core.engine.selfcheck import self_check
 from unigrpo_core.engine.update import Updater
 from unigrpo_core.errors import PluginError, UserError
@@ -124,6 +124,17 @@ def test_the_self_check_looks_at_both_turns(checkpoint, tmp_path):
     assert {"text step", "image step", "images, sampler against trainer"} <= {f.name for f in found}
 
 
+def test_signal_is_that_of_the_turn(checkpoint, tmp_path):
+    """An image update has a gradient of the text expert too, which makes no step."""
+    turns = ("updates.turns={text=1, image=1}", "optimizer.signal_every=1")
+    built = tiny.setup(tmp_path, checkpoint, *turns)
+    updater = Updater(built)
+    updater(tiny.train_set(built, 1))
+    found = updater(tiny.train_set(built, 2))
+    assert "image/grad_cosine" in found
+    assert "text/grad_cosine" not in found
+
+
 def named(built, expert):
     owned = built.policy.parameters()[expert]
     return [(name, p.detach().clone()) for name, p in owned.items() if p.requires_grad]
@@ -154,6 +165,14 @@ def test_dropping_is_training_on_the_others_alone(checkpoint, tmp_path):
     assert torch.equal(less.tokens, more.tokens[rows])
     assert torch.equal(less.points.x_next, more.points.x_next[rows])
     assert torch.equal(less.text_advantages, more.text_advantages[rows])
+
+
+def test_prompts_of_equal_rewards_are_told_whatever_the_number_of_rewards():
+    """Totals that are summed in another order from row to row would differ by their rounding."""
+    rewards = torch.rand(40, 7, generator=torch.Generator().manual_seed(7))
+    for row in rewards:
+        total = Scores(("",) * 7, row.expand(13, 7).contiguous(), rewards[0], {}).total
+        assert total.unique().numel() == 1
 
 
 def test_dropped_places_are_filled_with_further_prompts(checkpoint, tmp_path):

@@ -33,8 +33,9 @@ class Scores:
 
     @property
     def total(self) -> Tensor:
-        """float32 [E]: the weighted sum."""
-        return self.values @ self.weights
+        """float32 [E]: the weighted sum, the same for rows that are. (That of a product of matrix
+        and vector depends on where a row stands.)"""
+        return (self.values.double() * self.weights.double()).sum(1).float()
 
 
 def episodes(rollout: Rollout, label: str) -> RewardBatch:

@@ -194,7 +194,7 @@ class Updater:
         gives the old values, unless the average sampled, and the gap is checked before the step."""
         setup, losses = self.setup, Losses(self.setup, data, rows, kept)
         own = gap is not None and not setup.recipe.ema.sample
-        signal = Signal(self.experts)
+        signal = Signal({expert: self.experts[expert] for expert in data.train})
         measured = gap is not None and self._measures_signal()
         parts = halves(rows, data.owner) if measured else (rows,)
         twice = gap is not None
