@@ -167,6 +167,19 @@ def test_dropping_is_training_on_the_others_alone(checkpoint, tmp_path):
     assert torch.equal(less.text_advantages, more.text_advantages[rows])
 
 
+def test_points_that_are_drawn_are_a_prompt_s_own(checkpoint, tmp_path):
+    """They do not depend on which other prompts were dropped."""
+    fresh = (SOLVED, "prompts=6", "image.objective={use='awm'}", "group.fan_out=[2, 2]")
+    whole = tiny.train_set(tiny.setup(tmp_path, checkpoint, *fresh))
+    less = tiny.train_set(tiny.setup(tmp_path, checkpoint, *fresh, "group.equal='drop'"))
+    rows = [row for row, prompt in enumerate(whole.prompts) if prompt in less.prompts]
+    assert 0 < len(rows) < len(whole.prompts)
+    assert torch.equal(less.points.t, whole.points.t[rows])
+    assert torch.equal(less.points.x_t, whole.points.x_t[rows])
+    late = whole.points.t[:, [2, 5]]  # above the lowest time, at which several may stand
+    assert late.unique().numel() == late.numel()
+
+
 def test_prompts_of_equal_rewards_are_told_whatever_the_number_of_rewards():
     """Totals that are summed in another order from row to row would differ by their rounding."""
     rewards = torch.rand(40, 7, generator=torch.Generator().manual_seed(7))

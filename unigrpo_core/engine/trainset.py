@@ -143,7 +143,13 @@ def build_train_set(
     ):
         drawn = rollout.segments[image]
         assert isinstance(drawn, ImageSegment)
-        keys = [key.child("points", row) for row in range(len(drawn.latents))]
+        above = rollout.ancestors(image, -1).tolist()
+        each = len(above) // len(rollout.prompts)
+        points_of = key.child("points")
+        keys = [
+            points_of.child(rollout.prompts[prompt].id, row % each)
+            for row, prompt in enumerate(above)
+        ]
         points = _fold(setup.image_objective.points(drawn, setup.training.scheduler, keys), count)
         per_image = points.x_t.shape[1] * count // len(drawn.latents)
         image_advantages = _spread(advantages[image], per_image, count)
