@@ -28,7 +28,8 @@ def copies(policy):
 
 
 def test_the_average_moves_once_a_rollout_by_its_decay(checkpoint, tmp_path):
-    built = tiny.setup(tmp_path, checkpoint, "ema={decay=0.75, slope=0.25}", "updates.count=1")
+    slow = ("ema={decay=0.75, slope=0.25}", "updates.count=1", MSE)
+    built = tiny.setup(tmp_path, checkpoint, *slow)
     updater, policy = Updater(built), built.policy
     expected = copies(policy)
     for step, decay in ((1, 0.25), (2, 0.5), (3, 0.75), (4, 0.75)):
@@ -117,6 +118,14 @@ def test_both_turns_warm_up_and_hold_the_reference_still(checkpoint, tmp_path):
         groups = {group["expert"]: group["lr"] for group in updater.optimizer.param_groups}
         rates.append((groups["text"], groups["image"], len(looked)))
     assert rates == [(0.025, 0, 1), (0.05, 0, 1), (0.05, 0.025, 2)]
+
+
+def test_the_self_check_counts_what_is_dropped(checkpoint, tmp_path):
+    drop = (SOLVED, "group.equal='drop'", "prompts=6")
+    found = {f.name: f.figures for f in self_check(tiny.recipe(tmp_path, checkpoint, *drop))}
+    kept = int(found["samples"].partition("of which ")[2].split()[0])
+    assert 0 < kept < 6
+    assert found["text groups"].startswith(f"{1 - kept / 6:.0%} have one and the same reward")
 
 
 def test_the_self_check_looks_at_both_turns(checkpoint, tmp_path):

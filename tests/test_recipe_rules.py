@@ -37,6 +37,8 @@ DRAW = ('episode=["draw"]', 'train=["image"]', "group.fan_out=[12]")
         ("image.objective.use=by_score", "rewards=[{use='smooth'}, {use='other', weight=0}]"),
         ("image.objective.use=by_average", "ema.decay=0.9"),
         ("image.regularizers=[{use='mse', weight=0, anchor='ema'}]",),
+        ("image.regularizers=[{use='mse', weight=1, anchor='ema'}]", "ema.decay=0.9"),
+        ("ema={decay=0.9, sample=true}",),
         ("image.objective.use=in_nats",),
         ("updates.turns={text=2, image=1}",),
         ("train=[]", "steps=0"),
@@ -190,6 +192,7 @@ def test_what_is_right(broken, overrides):
             "the last step of image.scheduler 'ends' has no noise, and this window has rollout 1",
         ),
         (("ema.sample=true",), "ema.sample", "there is no moving average of the weights"),
+        (("ema.decay=0.9",), "ema.decay", "nothing reads the moving average: what is evaluated"),
         (("ema.slope=0.1",), "ema.slope", "there is no moving average of the weights"),
         (
             (

@@ -92,18 +92,20 @@ def _model(setup: Setup) -> Finding:
 
 
 def _sizes(found: Experience) -> str:
-    rollout = found.rollout
+    rollout, kept = found.sampled.rollout, found.counts.get("groups/kept")
     rows = [str(len(rollout.prompts)), *(str(len(parents)) for parents in rollout.parents)]
-    return f"{' > '.join(rows)} prompts and segments"
+    trained = "" if kept is None else f", of which {kept:.0f} prompts are trained on"
+    return f"{' > '.join(rows)} prompts and segments{trained}"
 
 
 def _rewards(setup: Setup, found: Experience) -> Iterator[Finding]:
-    scores, groups = found.scores, len(found.rollout.prompts)
+    scores, rollout = found.sampled.scores, found.sampled.rollout
+    groups = len(rollout.prompts)
     for name, values in zip(scores.names, scores.values.T, strict=True):
         inside = float(values.view(groups, -1).double().std(1).mean())
         figures = f"mean {float(values.double().mean()):.3g}, std within a prompt {inside:.2g}"
         yield Finding(f"reward {name}", True, figures)
-    for name, share in equal_groups(setup.recipe, found.rollout, scores).items():
+    for name, share in equal_groups(setup.recipe, rollout, scores).items():
         yield Finding(
             f"{name.partition('/')[0]} groups",
             share < 1,

@@ -274,20 +274,33 @@ def _objective(recipe: Recipe) -> Broke:
 
 
 def _average(recipe: Recipe) -> Broke:
-    """Whoever needs a moving average of the weights has one."""
+    """Whoever needs a moving average of the weights has one, and none is kept for nobody."""
+    readers = list(_readers(recipe))
     if recipe.ema.decay:
+        if not recipe.ema.sample and not readers:
+            message = (
+                "nothing reads the moving average: what is evaluated and saved are the current "
+                'weights; set ema.sample, or anchor = "ema" of a regularizer, or leave it out'
+            )
+            yield Broken(("ema", "decay"), message)
         return
     why = "there is no moving average of the weights: set ema.decay, such as 0.9"
     for key, stated in (("sample", recipe.ema.sample), ("slope", recipe.ema.slope)):
         if stated:
             yield Broken(("ema", key), why)
+    for path, who in readers:
+        yield Broken(path, f"{who}{why}")
+
+
+def _readers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Who compares with a moving average, and how a message on that begins."""
     slot = recipe.image.objective
     if "image" in recipe.train and slot and "ema" in _built(slot, ("image", "objective")).needs:
-        yield Broken(("image", "objective"), f"{slot.use!r} needs it, but {why}")
+        yield ("image", "objective"), f"{slot.use!r} needs it, but "
     for expert, slots in (("text", recipe.text.regularizers), ("image", recipe.image.regularizers)):
         for place, penalty in enumerate(slots):
             if penalty.weight and penalty.compares_with == "ema" and expert in recipe.train:
-                yield Broken((expert, "regularizers", place, "anchor"), why)
+                yield (expert, "regularizers", place, "anchor"), ""
 
 
 def _turns(recipe: Recipe) -> Broke:
