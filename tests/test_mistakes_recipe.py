@@ -234,7 +234,7 @@ def test_a_grandchild_is_told_what_its_grandparent_replaced(unigrpo, folder):
         unigrpo,
         (
             "mine.toml:2: image.window.steps: required: numbers of the stochastic steps, rising",
-            "mine.toml:3: image.window.range: unknown key: an option of 'random' and 'scattered', n",
+            "mine.toml:3: image.window.range: unknown key: an option of 'random' and 'scattered'",
             "mine.toml:4: image.scheduler.steps: required: denoising steps; the 8 of no_cfg_mse.to",
         ),
         2,

@@ -342,7 +342,9 @@ class Optimizer(Table):
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm bound of each expert")
-    warmup_updates: int = Field(0, ge=0, description="updates of linear learning-rate warm-up")
+    warmup_updates: int = Field(
+        0, ge=0, description="updates of linear learning-rate warm-up, of each expert"
+    )
     signal_every: int = Field(
         0,
         ge=0,
