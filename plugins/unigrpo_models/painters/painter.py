@@ -87,7 +87,7 @@ class Painter(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """float32 [B, 3, H, W] in [0, 1] of final latents [B, *], without gradient."""
+        """float32 [B, 3, H, W] in [0, 1] of final latents [B, *], whose gradient passes."""
 
     # --- what does not ------------------------------------------------------------------------
 
