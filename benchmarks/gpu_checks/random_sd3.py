@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ class RandomSD3(SD3Painter):
 
     def text_tokens(self, text: str) -> int:
         return self._long
+
+    def cut_tokens(self, text: str) -> Mapping[str, int]:
+        return {}
 
     def read(self, text: str) -> Condition:
         device, dtype, config = self.place.device, self.place.compute, self._config

@@ -19,29 +19,15 @@ Deviations and readings
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
-
-from pydantic import model_validator
 
 from unigrpo_core.interfaces import Window
 from unigrpo_core.keys import Key
-from unigrpo_core.plugin import Field, Options, Provider
+from unigrpo_core.plugin import Provider
+from unigrpo_methods.windows import ranges
 
 
-class ScatteredOptions(Options):
-    size: int = Field(3, ge=1, description="number of stochastic steps, at least 1")
-    range: tuple[int, int] = Field(
-        (0, 5), description="steps [lo, hi) they are drawn from, 0 <= lo < hi <= steps"
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        low, high = self.range
-        if not 0 <= low < high:
-            raise ValueError(f"range must be [lo, hi) with 0 <= lo < hi; got [{low}, {high})")
-        if self.size > high - low:
-            raise ValueError(f"size {self.size} is more than range [{low}, {high}) has")
-        return self
+class ScatteredOptions(ranges.RangeOptions):
+    """How many steps, and of which."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +44,7 @@ class Scattered(Window):
         return tuple(sorted(low + step for step in drawn.argsort()[:size].tolist()))
 
     def count(self, total: int) -> int:
-        low, high = self.options.range
-        if high > total:
-            raise ValueError(
-                f"the window's range [{low}, {high}) does not fit: a rollout has {total} steps"
-            )
-        return self.options.size
+        return ranges.count(self.options, total)
 
 
 def build(options: ScatteredOptions) -> Scattered:
