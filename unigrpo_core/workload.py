@@ -56,6 +56,7 @@ class Calls:
     sampling: float = 0.0
     old: float = 0.0  # old values of the updates after the first
     reference: float = 0.0
+    average: float = 0.0  # of the moving average of the weights, where losses compare with it
     update: float = 0.0
     again: float = 0.0  # the first micro-batch, computed twice to see the trainer's own gap
     unguided: float = 0.0  # of those in sampling: in the conditional context
@@ -64,7 +65,8 @@ class Calls:
     @property
     def total(self) -> float:
         """Of every step but the first."""
-        return self.sampling + self.old + self.reference + self.update + self.again
+        kept = self.old + self.reference + self.average
+        return self.sampling + kept + self.update + self.again
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class Workload:
         signal: whether a copy of the gradients is kept now and then.
         checkpointing: what of the activations is kept between forward and backward.
         reference_on: where a copy of the starting weights lies while it is not used.
+        fresh: whether the points are the objective's own, at times that are drawn in the update.
+        average: whether a moving average of the weights is kept; average_text, average_image:
+            which passes it makes as an anchor; average_samples: whether rollouts are by it.
+        turns: steps that train the text expert alone and the image expert alone, by turns.
     """
 
     prompts: int
@@ -116,6 +122,12 @@ class Workload:
     precision: Literal["float32", "bf16"]
     checkpointing: Literal["none", "selective", "full"] = "none"
     reference_on: Literal["device", "host"] = "device"
+    fresh: bool = False
+    average: bool = False
+    average_text: bool = False
+    average_image: bool = False
+    average_samples: bool = False
+    turns: tuple[int, int] | None = None
 
     @property
     def context(self) -> int:
@@ -129,6 +141,18 @@ class Workload:
     @property
     def reference(self) -> bool:
         return self.reference_text or self.reference_image
+
+    @property
+    def recorded(self) -> int:
+        """How many updates' shares get their old values by a forward of their own: all of them
+        where an average sampled, else all after the first."""
+        shares = self.updates if self.disjoint else 1
+        return shares if self.average_samples else shares - 1
+
+    def trains_image(self, rollout: int) -> bool:
+        """Whether the step of a rollout, numbered from 1, trains on the points of its images."""
+        text, image = self.turns or (0, 1)
+        return (rollout - 1) % (text + image) >= text
 
     def micro_batches(self, rows: int, image_tokens: int) -> tuple[MicroBatch, ...]:
         """How ``rows`` contexts are cut into replays of at most ``replay_tokens`` tokens, a point
@@ -151,11 +175,16 @@ class Workload:
         if not self.images:
             return ()
         guided = self.guided(shift)
-        known = {window: self._calls(window, guided, image_tokens) for window in {*self.windows}}
-        return tuple(known[window] for window in self.windows)
+        kinds = [(w, self.trains_image(rollout)) for rollout, w in enumerate(self.windows, 1)]
+        known = {kind: self._calls(*kind, guided, image_tokens) for kind in {*kinds}}
+        return tuple(known[kind] for kind in kinds)
 
-    def _calls(self, window: Sequence[int], guided: Sequence[bool], image_tokens: int) -> Calls:
+    def _calls(
+        self, window: Sequence[int], trains: bool, guided: Sequence[bool], image_tokens: int
+    ) -> Calls:
         sampling, unguided = self._sampled(window, guided)
+        if not trains:
+            return Calls(sampling=sampling, unguided=unguided)
         share = self.rows // self.updates if self.disjoint else self.rows
 
         def cut(rows: int) -> tuple[MicroBatch, ...]:
@@ -164,19 +193,25 @@ class Workload:
         def cost(batches: Sequence[MicroBatch]) -> float:
             return sum(b.rows * self._cost(b.columns, window, guided) for b in batches)
 
-        everyone = cut(self.rows) if self.reference_image else ()
+        everyone = cut(self.rows)
+        anchored = everyone if self.reference_image else ()
+        measured = not (self.fresh or self.average_samples)
         return Calls(
             sampling=sampling,
-            old=(self.updates - 1) * cost(cut(share)) if self.disjoint else 0.0,
-            reference=cost(everyone),
+            old=cost(everyone) if self.average_samples else self.recorded * cost(cut(share)),
+            reference=cost(anchored),
+            average=cost(everyone) if self.average_image else 0.0,
             update=self.updates * cost(cut(share)),
-            again=cost(cut(share)[:1]),
+            again=cost(cut(share)[:1]) if measured else 0.0,
             unguided=unguided,
-            first_step=cost(cut(everyone[0].rows)) if everyone else 0.0,
+            first_step=cost(cut(anchored[0].rows)) if anchored else 0.0,
         )
 
     def _cost(self, columns: range, window: Sequence[int], guided: Sequence[bool]) -> int:
-        """Velocities of one context's columns: all have the branches if one of them is guided."""
+        """Velocities of one context's columns: all have the branches if one of them is guided, and
+        points at drawn times if any step is."""
+        if self.fresh:
+            return len(columns) * (1 + self.branches * any(guided))
         active = any(guided[window[column % self.points]] for column in columns)
         return len(columns) * (1 + self.branches * active)
 

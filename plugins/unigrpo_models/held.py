@@ -50,12 +50,14 @@ class Trained:
         weights = FLOAT32 * self.moved + itemsize * (self.size - self.whole)
         cast = itemsize * self.whole if itemsize < FLOAT32 else 0
         copy = FLOAT32 * self.whole if load.reference else 0
+        average = FLOAT32 * self.moved if load.average else 0
         held: Held = "always" if load.reference_on == "device" else "host"
         gradients = FLOAT32 * self.moved * (1 + load.signal)
         return [
             Memory("weights", weights, note="float32 where trained"),
             Memory("cast weights", cast, note="of what is trained, while a pass computes in bf16"),
             Memory("reference", copy, held, note="a copy of what is trained"),
+            Memory("moving average", average, held, note="of what is trained"),
             Memory("optimizer", 2 * FLOAT32 * self.moved, note="two moments in float32"),
             Memory("gradients", gradients, "update", note="float32"),
         ]

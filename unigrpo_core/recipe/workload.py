@@ -24,6 +24,7 @@ def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
     draws = "draw" in recipe.episode
     images = recipe.prompts * prod(recipe.group.fan_out) if draws else 0
     text, image, compute = recipe.text, recipe.image, recipe.compute
+    turns = recipe.updates.turns
     train_text, train_image = "text" in recipe.train, "image" in recipe.train
     windows = _windows(recipe) if draws else ()
     guidance: Guidance | None = image.guidance.build() if draws and image.guidance else None
@@ -51,8 +52,9 @@ def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
         disjoint=recipe.updates.data == "disjoint",
         train=frozenset(recipe.train),
         scored=train_text and text.objective is not None,
-        reference_text=train_text and _anchored(text.regularizers),
-        reference_image=train_image and (_anchored(image.regularizers) or "reference" in needs),
+        reference_text=train_text and _anchored(text.regularizers, "reference"),
+        reference_image=train_image
+        and (_anchored(image.regularizers, "reference") or "reference" in needs),
         context_gradient=image.context_gradient,
         signal=recipe.optimizer.signal_every > 0,
         rollout_rows=compute.rollout_rows,
@@ -61,11 +63,17 @@ def workload(recipe: Recipe, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
         precision=compute.precision,
         checkpointing=compute.checkpointing,
         reference_on=compute.reference,
+        fresh=objective.fresh if objective else False,
+        average=recipe.ema.decay > 0,
+        average_text=train_text and _anchored(text.regularizers, "ema"),
+        average_image=train_image and (_anchored(image.regularizers, "ema") or "ema" in needs),
+        average_samples=recipe.ema.sample,
+        turns=(turns.text, turns.image) if turns else None,
     )
 
 
-def _anchored(slots: Sequence[RegularizerSlot]) -> bool:
-    return any(slot.compares_with == "reference" for slot in slots if slot.weight)
+def _anchored(slots: Sequence[RegularizerSlot], anchor: str) -> bool:
+    return any(slot.compares_with == anchor for slot in slots if slot.weight)
 
 
 def _windows(recipe: Recipe) -> tuple[tuple[int, ...], ...]:

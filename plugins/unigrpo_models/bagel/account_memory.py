@@ -20,12 +20,14 @@ class HeldMemory(Counted):
         embedded = counts["embedding"] if "text" in self.full else 0
         cast = self.itemsize * (whole - embedded) if self.itemsize < FLOAT32 else 0
         copy = FLOAT32 * whole if load.reference else 0
+        average = FLOAT32 * trained if load.average else 0
         held: Held = "always" if load.reference_on == "device" else "host"
         gradients = FLOAT32 * trained * (1 + load.signal)
         return [
             Memory("weights", weights, note="float32 where trained"),
             Memory("cast weights", cast, note="of what is trained, while a pass computes in bf16"),
             Memory("reference", copy, held, note="a copy of what is trained"),
+            Memory("moving average", average, held, note="of what is trained"),
             Memory("optimizer", 2 * FLOAT32 * trained, note="two moments in float32"),
             Memory("gradients", gradients, "update", note="float32"),
             Memory("activations", self._activations(), "update", note=self._micro_batch()),

@@ -14,17 +14,15 @@ class PhaseWork(Counted):
         step = accounting.optimizer(
             self.config, load.train, self.lora, rank=adapters.rank, modules=adapters.modules
         )
-        later = load.updates - 1 if load.disjoint else 0
-        reference = int(load.reference)
         return {
             "reading": self._reading(),
             "writing": self._writing(),
             "denoising": self._denoised(calls),
-            "reference": reference
-            * self._replay(load.reference_text, load.reference_image)
-            * (load.rows / self.share)
+            "reference": self._anchor(load.reference_text, load.reference_image)
             + self._branches(calls, "reference"),
-            "old values": later * self._replay(True, True) + self._branches(calls, "old"),
+            "moving average": self._anchor(load.average_text, load.average_image)
+            + self._branches(calls, "average"),
+            "old values": load.recorded * self._replay(True, True) + self._branches(calls, "old"),
             "forward and backward": load.updates * self._replay(True, True, load.train)
             + self._branches(calls, "update", load.train),
             "optimizer": load.updates * step,
@@ -63,6 +61,10 @@ class PhaseWork(Counted):
         )
         return unguided / at_once * plain + guided / at_once * bare
 
+    def _anchor(self, text: bool, image: bool) -> Work:
+        """The replays of all contexts by kept weights."""
+        return self._replay(text, image) * (self.load.rows / self.share)
+
     def _replay(self, text: bool, image: bool, train: frozenset[str] = frozenset()) -> Work:
         """The replays of an update's contexts, for log-probs and for velocities."""
         load, work = self.load, Work()
@@ -93,8 +95,9 @@ class PhaseWork(Counted):
             return Work()
         mean = sum(getattr(one, phase) for one in calls) / len(calls)
         plain = {
-            "reference": load.rows,
-            "old": (load.updates - 1) * self.share,
+            "reference": load.rows * load.reference_image,
+            "average": load.rows * load.average_image,
+            "old": load.recorded * self.share,
             "update": load.updates * self.share,
         }[phase] * load.columns
         one = accounting.replay(

@@ -156,11 +156,12 @@ class Writing:
         plain = Work(counted.forward(1, *asked), weights / self._rows)
         flops = counted.training(1, *asked, adapted=bool(self.trained.adapters), recompute=again)
         both = Work(flops, (2 + again) * weights / self._rows)
-        later = (load.updates - 1) * load.disjoint * load.scored * self._share
+        later = load.recorded * load.scored * self._share
         return {
             "reading": read,
             "writing": write,
             "reference": load.rows * load.reference_text * plain,
+            "moving average": load.rows * load.average_text * plain,
             "old values": later * plain,
             "forward and backward": load.updates * self._share * load.scored * both,
             "optimizer": load.updates * Work(0.0, OPTIMIZER_BYTES * self.trained.moved),
