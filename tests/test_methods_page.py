@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from unigrpo_core.catalog import load_catalog
+from unigrpo_core.plugin import Hooks
 from unigrpo_core.recipe import toml_value
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +195,13 @@ def test_the_page_lists_every_method_once():
                 plain = field.is_required() or field.default is None
                 stated = f"`{option}`" if plain else f"`{option} = {default(field.default)}`"
                 assert stated in item + intro, (name, stated)
+
+
+def test_the_seams_of_the_other_page_are_the_hooks():
+    page = (ROOT / "docs" / "how-to" / "add-a-method.md").read_text()
+    named = set(re.findall(r"\| `(unigrpo_\w+)` \|", page))
+    hooks = {name for name in vars(Hooks) if name.startswith("unigrpo_")}
+    assert named == hooks - {"unigrpo_policies", "unigrpo_prompts", "unigrpo_rewards"}
 
 
 def default(value):
