@@ -25,6 +25,11 @@ GUIDED = "image.guidance={use='cfg', scale=2.0, interval=[0.4, 0.9]}"
 ANCHORED = "image.regularizers=[{use='velocity_mse', weight=0.1}]"
 AVERAGE = "image.regularizers=[{use='velocity_mse', weight=0.1, anchor='ema'}]"
 FRESH = "image.objective={use='awm', times=5}"
+AVERAGED = ANCHORED.replace("weight", "anchor='ema', weight")
+ODE, SAMPLES = "image.scheduler={use='ode', steps=4}", "ema={decay=0.5, slope=0.1, sample=true}"
+NFT, FPO = "image.objective={use='diffusion_nft', times=2}", "image.objective={use='fpo'}"
+REFL = "image.objective={use='refl'}"
+TURNS = "updates.turns={text=1, image=1}"
 WHOLE, SPLIT = "compute.replay_tokens=100000", "compute.replay_tokens=1"
 
 
@@ -63,15 +68,23 @@ def account(tmp_path, checkpoint):
         (SPLIT, "ema={decay=0.5, sample=true}", "prompts=2", AVERAGE),
         (WHOLE, FRESH, "image.scheduler={use='ode', steps=3}"),
         (WHOLE, "updates.turns={text=1, image=1}", "steps=2"),
+        (WHOLE, NFT, ODE, SAMPLES, "steps=2"),
+        (SPLIT, NFT, ODE, SAMPLES, "prompts=2", "updates={count=2, data='repeat'}"),
+        (WHOLE, FPO, ODE, GUIDED, ANCHORED, "steps=2"),
+        (WHOLE, AVERAGED, "ema.decay=0.5", "steps=2"),
+        (WHOLE, ANCHORED, TURNS, "steps=3"),
+        (WHOLE, REFL, ODE, "rewards=[{use='brightness'}]"),
     ],
     ids=[
         *("plain", "anchored", "split", "repeat", "branching", "draw", "text"),
-        *("average", "fresh", "turns"),
+        *("split average", "more fresh", "two turns"),
+        *("sampled by the average", "repeat by the average", "fresh", "average", "turns", "score"),
     ],
 )
 def test_network_calls_are_those_of_a_run(tmp_path, checkpoint, account, overrides):
     quiet = ("evaluation.final_prompts=1", "evaluation.every=0", "evaluation.scheduler.steps=1")
-    options = (overrides if "steps=2" in overrides else (*overrides, "steps=1")) + quiet
+    once = () if {"steps=2", "steps=3"} & {*overrides} else ("steps=1",)
+    options = (*overrides, *once, *quiet)
     rows = tiny.lines(tiny.run(tmp_path, checkpoint, *options))
     found = account(*options)
     expected = [one.total for one in found.calls]
@@ -119,7 +132,7 @@ def test_cfg_says_without_torch_where_it_guides(scale):
 
 @pytest.mark.parametrize("train", ["['text', 'image']", "['image']"])
 def test_weights_gradients_and_moments_are_as_large_as_the_tensors(tmp_path, checkpoint, train):
-    options = (f"train={train}", ANCHORED, "steps=1")
+    options = (f"train={train}", ANCHORED, "ema.decay=0.5", "steps=1")
     setup = tiny.setup(tmp_path, checkpoint, *options)
     updater, gradients = Updater(setup), []
     trained = [p for parameters in updater.experts.values() for p in parameters]
@@ -135,11 +148,14 @@ def test_weights_gradients_and_moments_are_as_large_as_the_tensors(tmp_path, che
     ]
     everything = list(setup.policy.root.parameters())
     now = {p.data_ptr() for p in everything}
-    with setup.policy.weights("reference"):
-        copied = sum(p.nbytes for p in everything if p.data_ptr() not in now)
+    copied = {}
+    for kept in ("reference", "ema"):
+        with setup.policy.weights(kept):
+            copied[kept] = sum(p.nbytes for p in everything if p.data_ptr() not in now)
     real = {
         "weights": sum(p.nbytes for p in everything),
-        "reference": copied,
+        "reference": copied["reference"],
+        "moving average": copied["ema"],
         "gradients": gradients[0],
         "optimizer": sum(moments),
     }
@@ -158,6 +174,25 @@ def test_what_takes_more_and_what_less(account):
     coarse = bytes_of("compute.precision='bf16'", "train=['image']")
     assert coarse["weights"] < plain["weights"]
     assert coarse["cast weights"] > 0
+
+
+def test_old_values_and_anchors_of_an_average(account):
+    def work(*overrides):
+        return {name: work.flops for name, work in account(*overrides).work.items()}
+
+    plain = work()
+    assert work(SAMPLES)["old values"] == 2 * plain["old values"]
+    averaged = AVERAGED, "ema.decay=0.5"
+    assert work(*averaged)["moving average"] == work(ANCHORED)["reference"] > 0
+    assert {"moving average", "reference"}.isdisjoint(plain)
+
+
+def test_what_cannot_be_known_before(account):
+    assert not [line for line in account().assumptions if "group.equal" in line]
+    *_, dropped = account("group.equal='resample'").assumptions
+    assert dropped.endswith('as group.equal = "resample" will')
+    *_, turned = account(TURNS).assumptions
+    assert "both experts" in turned
 
 
 def test_the_device_holds_the_larger_of_rollout_and_update(account):

@@ -52,9 +52,5 @@ def test_mixgrpo_with_a_full_window_is_flow_grpo(checkpoint, tmp_path):
 
 
 def test_a_window_with_the_last_step_of_cps_is_refused(checkpoint, tmp_path):
-<<<<<<< HEAD
     with pytest.raises(UserError, match=r"has no noise, and this window has rollout 1 train on it"):
-=======
-    with pytest.raises(UserError, match=r"the last step of image.scheduler .cps. has no noise"):
->>>>>>> main
         tiny.run(tmp_path, checkpoint, "steps=1", "train=['image']", CPS, ALL)

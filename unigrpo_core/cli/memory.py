@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from unigrpo_core.cli.text import table
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.loading import said
 from unigrpo_core.recipe import Resolved
-from unigrpo_core.recipe.schema import PolicySlot
+from unigrpo_core.recipe.schema import PolicySlot, Recipe
 from unigrpo_core.recipe.workload import workload
 from unigrpo_core.workload import Account, Calls, Work, Workload
 
@@ -28,7 +29,23 @@ def take(resolved: Resolved, prompt_tokens: int) -> Account | str:
         PluginError: the policy's provider fails.
     """
     slot = resolved.recipe.policy
-    return _without(slot) or _account(slot, workload(resolved.recipe, prompt_tokens))
+    found = _without(slot) or _account(slot, workload(resolved.recipe, prompt_tokens))
+    if isinstance(found, str):
+        return found
+    return replace(found, assumptions=(*found.assumptions, *_unknown(resolved.recipe)))
+
+
+def _unknown(recipe: Recipe) -> list[str]:
+    """What of the recipe's cost cannot be known before it runs, a sentence each."""
+    found = []
+    if recipe.group.equal != "keep":
+        found.append(
+            f'no prompt is dropped or sampled in place of one, as group.equal = "'
+            f'{recipe.group.equal}" will'
+        )
+    if recipe.updates.turns:
+        found.append("work is that of a step that trains both experts, not one of them in turn")
+    return found
 
 
 def _without(slot: PolicySlot) -> str:
@@ -123,7 +140,7 @@ def _calls(account: Account) -> str:
     return _aligned(rows)
 
 
-NAMES = {"old": "old values", "again": "the trainer's own gap"}
+NAMES = {"old": "old values", "average": "moving average", "again": "the trainer's own gap"}
 
 
 def _work(account: Account) -> str:

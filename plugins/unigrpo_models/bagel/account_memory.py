@@ -27,7 +27,7 @@ class HeldMemory(Counted):
             Memory("weights", weights, note="float32 where trained"),
             Memory("cast weights", cast, note="of what is trained, while a pass computes in bf16"),
             Memory("reference", copy, held, note="a copy of what is trained"),
-            Memory("average", average, held, note="of what is trained"),
+            Memory("moving average", average, held, note="of what is trained"),
             Memory("optimizer", 2 * FLOAT32 * trained, note="two moments in float32"),
             Memory("gradients", gradients, "update", note="float32"),
             Memory("activations", self._activations(), "update", note=self._micro_batch()),

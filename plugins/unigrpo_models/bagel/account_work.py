@@ -22,7 +22,7 @@ class PhaseWork(Counted):
             "denoising": self._denoised(calls),
             "reference": reference * self._replay(load.reference_text, load.reference_image) * whole
             + self._branches(calls, "reference"),
-            "average": average * self._replay(load.average_text, load.average_image) * whole
+            "moving average": average * self._replay(load.average_text, load.average_image) * whole
             + self._branches(calls, "average"),
             "old values": load.old_rows / self.share * self._replay(True, True)
             + self._branches(calls, "old"),

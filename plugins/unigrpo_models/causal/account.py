@@ -160,7 +160,7 @@ class Writing:
             "reading": read,
             "writing": write,
             "reference": load.rows * load.reference_text * plain,
-            "average": load.rows * load.average_text * plain,
+            "moving average": load.rows * load.average_text * plain,
             "old values": load.old_rows * load.scored * plain,
             "forward and backward": load.updates * self._share * load.scored * both,
             "optimizer": load.updates * Work(0.0, OPTIMIZER_BYTES * self.trained.moved),

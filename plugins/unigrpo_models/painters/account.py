@@ -215,7 +215,7 @@ class Painting:
         return {
             "denoising": phase("sampling", forward, self._at_once),
             "reference": phase("reference", forward, self.points),
-            "average": phase("average", forward, self.points),
+            "moving average": phase("average", forward, self.points),
             "old values": phase("old", forward, self.points),
             "forward and backward": phase("update", both, self.points, 2 + again),
             "optimizer": load.updates * Work(0.0, OPTIMIZER_BYTES * self.trained.moved),

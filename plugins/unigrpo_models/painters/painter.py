@@ -87,11 +87,7 @@ class Painter(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-<<<<<<< HEAD
         """float32 [B, 3, H, W] in [0, 1] of final latents [B, *]; their gradient passes."""
-=======
-        """float32 [B, 3, H, W] in [0, 1] of final latents [B, *], whose gradient passes."""
->>>>>>> main
 
     # --- what does not ------------------------------------------------------------------------
 
