@@ -193,8 +193,8 @@ COMPONENTS = [
     case(
         "option-of-what-was-replaced",
         '[image]\nwindow = { use = "fixed", steps = [0], range = [0, 5] }',
-        "mine.toml:3: image.window.range: unknown key: an option of 'random' and 'scattered', not of 'fixed'; "
-        "there are: use, steps",
+        "mine.toml:3: image.window.range: unknown key: an option of 'random' and 'scattered', "
+        "not of 'fixed'; there are: use, steps",
     ),
     case(
         "needed-again-after-another-use",
@@ -233,7 +233,8 @@ def test_a_grandchild_is_told_what_its_grandparent_replaced(unigrpo, folder):
         unigrpo,
         (
             "mine.toml:2: image.window.steps: required: numbers of the stochastic steps, rising",
-            "mine.toml:3: image.window.range: unknown key: an option of 'random' and 'scattered', not of 'fixed'",
+            "mine.toml:3: image.window.range: unknown key: an option of 'random' and 'scattered', "
+            "not of 'fixed'",
             "mine.toml:4: image.scheduler.steps: required: denoising steps; the 8 of no_cfg_mse.to",
         ),
         2,

@@ -133,7 +133,7 @@ def _calls(account: Account) -> str:
     totals = [one.total for one in account.calls]
     spread = "" if min(totals) == max(totals) else f"{min(totals):,.0f} to {max(totals):,.0f}"
     rows.append(("all", f"{_mean(totals):,.0f}", spread))
-    first = account.calls[0].first_step
+    first = next((one.first_step for one in account.calls if one.first_step), 0)
     if first:
         rows.append(("first step", f"{first:,.0f}", "more, to see that the reference stands still"))
     rows.append(("sampling an image", f"{_per_image(account):,.1f}", ""))
