@@ -239,7 +239,7 @@ def test_every_shipped_recipe_runs_two_steps(unigrpo, tmp_path, checkpoint, name
     """On a tiny model; its group shape and every other choice are the recipe's own."""
     if name in ("paper/image_then_text", "paper/none"):
         pytest.skip("trains after another run, or nothing: tests/test_paper_ablation.py has both")
-    fan_out = "[2, 3]" if name.startswith(("fast", "hacking")) else "[3, 1]"
+    fan_out = "[2, 3]" if name.startswith(("fast", "hacking", "neighbours/siblings")) else "[3, 1]"
     fan_out = "[3]" if name == "paper/image_no_thought" else fan_out
     code, out, err = unigrpo(
         "run", name, "--out", tmp_path / "run", *BRIEF,
