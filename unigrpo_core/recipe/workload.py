@@ -8,7 +8,7 @@ from math import prod
 
 from unigrpo_core.interfaces import Guidance, ImageObjective, Scheduler, Window
 from unigrpo_core.keys import Key
-from unigrpo_core.recipe.rules import ROLLOUTS
+from unigrpo_core.recipe.image_rules import ROLLOUTS
 from unigrpo_core.recipe.schema import Recipe, RegularizerSlot
 from unigrpo_core.workload import PROMPT_TOKENS, Workload
 
