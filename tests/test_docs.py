@@ -71,7 +71,7 @@ def load_plugins(page: Path, folder: Path, monkeypatch) -> Catalog:
         named = project["entry-points"]["unigrpo"].items()
         entries += [(EntryPoint(*item, "unigrpo"), *origin) for item in named]
     for number, block in enumerate(b for b in marked("python", "plugin") if b.page == page):
-        name = f"{page.stem.lower()}_plugin_{number}"
+        name = f"{page.stem.lower().replace('-', '_')}_plugin_{number}"
         (folder / f"{name}.py").write_text(block.text)
         entries.append((EntryPoint(name, name, "unigrpo"), page.stem, "1"))
     return collect(entries)
@@ -164,7 +164,21 @@ def test_plugins_load_and_work(page, tmp_path, monkeypatch):
     assert len(catalog.components) == sum(b.page == page for b in marked("python", "plugin"))
     for item in catalog.components:
         built = item.provider.build(item.provider.options.model_validate({}))
-        {"regularizer": try_regularizer, "reward": try_reward}[item.kind](built)
+        tries = {
+            "regularizer": try_regularizer,
+            "reward": try_reward,
+            "text_objective": try_text_objective,
+        }
+        tries[item.kind](built)
+
+
+def try_text_objective(objective):
+    """At ratio 1 the gradient is that of -A log p, and what is masked counts for nothing."""
+    logps = torch.tensor([[-0.5, -1.0], [-2.0, -9.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    values, _ = objective.loss(logps, logps.detach(), mask, torch.tensor([2.0, -3.0]))
+    (gradient,) = torch.autograd.grad((values * objective.weights(mask)).sum(), logps)
+    torch.testing.assert_close(gradient, torch.tensor([[-2.0, -2.0], [3.0, 0.0]]))
 
 
 def try_regularizer(penalty):
