@@ -59,7 +59,11 @@ PAGES = sorted({block.page for block in marked("python", "plugin")})
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_plugins_of_the_pages_conform(page, tmp_path, monkeypatch):
-    kits = {"reward": testing.RewardConformance, "regularizer": testing.FlowRegularizerConformance}
+    kits = {
+        "reward": testing.RewardConformance,
+        "regularizer": testing.FlowRegularizerConformance,
+        "text_objective": testing.TextObjectiveConformance,
+    }
     for item in load_plugins(page, tmp_path, monkeypatch).components:
         passed = passes(subject(kits[item.kind], item.provider), tmp_path)
         assert len(passed) > 15, passed
