@@ -352,7 +352,7 @@ def test_sample_says_which_word_it_does_not_know(finished, unigrpo, tmp_path):
 
 def test_sample_builds_neither_rewards_nor_the_source(finished, unigrpo, tmp_path, monkeypatch):
     """A reward may be a model of its own, or a file that is gone."""
-    from unigrpo_core.recipe.schema import PromptsSlot, RewardSlot
+    from unigrpo_core.recipe.slots import PromptsSlot, RewardSlot
 
     def never(*_):
         raise AssertionError("sampling does not need it")

@@ -11,7 +11,8 @@ from unigrpo_core.cli.text import table
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.loading import said
 from unigrpo_core.recipe import Resolved
-from unigrpo_core.recipe.schema import PolicySlot, Recipe
+from unigrpo_core.recipe.schema import Recipe
+from unigrpo_core.recipe.slots import PolicySlot
 from unigrpo_core.recipe.workload import workload
 from unigrpo_core.workload import Account, Calls, Work, Workload
 

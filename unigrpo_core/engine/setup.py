@@ -30,8 +30,8 @@ from unigrpo_core.interfaces import (
 from unigrpo_core.loading import said
 from unigrpo_core.plugin import Placement
 from unigrpo_core.recipe import Recipe, Resolved
-from unigrpo_core.recipe.schema import RewardSlot, Slot
 from unigrpo_core.recipe.scored import scored
+from unigrpo_core.recipe.slots import RewardSlot, Slot
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 

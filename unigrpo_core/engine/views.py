@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from unigrpo_core.errors import PluginError
 from unigrpo_core.interfaces import Guidance, ImageFlowPolicy, Policy, Scheduler
 from unigrpo_core.recipe import Recipe
-from unigrpo_core.recipe.schema import SchedulerSlot, Segment, Slot
+from unigrpo_core.recipe.schema import Segment
+from unigrpo_core.recipe.slots import SchedulerSlot, Slot
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ from typing import Any
 
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.recipe.positions import KeyPath
-from unigrpo_core.recipe.schema import Recipe, Segment, Slot
+from unigrpo_core.recipe.schema import Recipe, Segment
+from unigrpo_core.recipe.slots import Slot
 
 VIEWS: KeyPath = ("evaluation", "views")
 

@@ -6,7 +6,8 @@ from unigrpo_core.interfaces import ImageObjective, Scheduler, Window
 from unigrpo_core.keys import Key
 from unigrpo_core.recipe.broken import Broke, Broken, built
 from unigrpo_core.recipe.positions import KeyPath
-from unigrpo_core.recipe.schema import Recipe, SchedulerSlot, Slot
+from unigrpo_core.recipe.schema import Recipe
+from unigrpo_core.recipe.slots import SchedulerSlot, Slot
 
 ROLLOUTS = 1000
 """Rollouts whose windows are looked at, from the first on."""

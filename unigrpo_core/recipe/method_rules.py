@@ -8,7 +8,8 @@ from math import prod
 
 from unigrpo_core.recipe.broken import VIEWS, Broke, Broken, built, episodes
 from unigrpo_core.recipe.positions import KeyPath
-from unigrpo_core.recipe.schema import EXPERT_OF, GuidanceSlot, Recipe, Segment
+from unigrpo_core.recipe.schema import EXPERT_OF, Recipe, Segment
+from unigrpo_core.recipe.slots import GuidanceSlot
 from unigrpo_core.records import FlowStep, TokenStep
 
 _TOKEN_FIELDS = frozenset(field.name for field in fields(TokenStep))

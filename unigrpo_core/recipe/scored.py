@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from unigrpo_core.recipe.schema import MonitorSlot, Recipe
+from unigrpo_core.recipe.schema import Recipe
+from unigrpo_core.recipe.slots import MonitorSlot
 
 
 def scored(recipe: Recipe) -> dict[str, MonitorSlot]:

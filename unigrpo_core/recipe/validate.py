@@ -24,7 +24,8 @@ from unigrpo_core.plugin import Options
 from unigrpo_core.recipe.emit import inline
 from unigrpo_core.recipe.positions import KeyPath
 from unigrpo_core.recipe.problems import Problem, did_you_mean
-from unigrpo_core.recipe.schema import Recipe, Slot, Table
+from unigrpo_core.recipe.schema import Recipe
+from unigrpo_core.recipe.slots import Slot, Table
 from unigrpo_core.recipe.source import SET, Node, dotted
 
 T = TypeVar("T", bound=Table)

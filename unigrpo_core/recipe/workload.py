@@ -9,7 +9,8 @@ from math import prod
 from unigrpo_core.interfaces import Guidance, ImageObjective, Scheduler, Window
 from unigrpo_core.keys import Key
 from unigrpo_core.recipe.image_rules import ROLLOUTS
-from unigrpo_core.recipe.schema import Recipe, RegularizerSlot
+from unigrpo_core.recipe.schema import Recipe
+from unigrpo_core.recipe.slots import RegularizerSlot
 from unigrpo_core.workload import PROMPT_TOKENS, Workload
 
 

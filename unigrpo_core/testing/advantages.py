@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_core.interfaces import Advantage
-from unigrpo_core.recipe.schema import AdvantageSlot
+from unigrpo_core.recipe.slots import AdvantageSlot
 from unigrpo_core.testing.base import Conformance
 from unigrpo_core.testing.samples import uniform
 from unigrpo_core.testing.watch import no_global_draws, unchanged

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_core.interfaces import Guidance
-from unigrpo_core.recipe.schema import GuidanceSlot
+from unigrpo_core.recipe.slots import GuidanceSlot
 from unigrpo_core.testing.base import LightConformance
 from unigrpo_core.testing.samples import normal
 from unigrpo_core.testing.watch import Reads, no_global_draws, unchanged

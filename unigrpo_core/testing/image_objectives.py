@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_core.interfaces import ImageObjective, Scheduler
-from unigrpo_core.recipe.schema import ImageObjectiveSlot
+from unigrpo_core.recipe.slots import ImageObjectiveSlot
 from unigrpo_core.records import ImageSegment, Points, Unit
 from unigrpo_core.testing.base import LightConformance
 from unigrpo_core.testing.samples import (

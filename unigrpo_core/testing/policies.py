@@ -20,7 +20,7 @@ from unigrpo_core.errors import UserError
 from unigrpo_core.interfaces import History, ImageFlowPolicy, Policy, TextPolicy
 from unigrpo_core.keys import Key
 from unigrpo_core.plugin import Placement
-from unigrpo_core.recipe.schema import PolicySlot
+from unigrpo_core.recipe.slots import PolicySlot
 from unigrpo_core.records import Prompt, Replay, ReplayBatch, Sampling, TextSegment
 from unigrpo_core.testing.base import Conformance, installed
 from unigrpo_core.testing.samples import keys, normal

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from unigrpo_core.interfaces import PromptSource
-from unigrpo_core.recipe.schema import PromptsSlot
+from unigrpo_core.recipe.slots import PromptsSlot
 from unigrpo_core.records import Prompt
 from unigrpo_core.testing.base import Conformance
 from unigrpo_core.testing.watch import no_global_draws

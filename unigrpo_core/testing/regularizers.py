@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_core.interfaces import FlowRegularizer, Scheduler, TokenRegularizer
-from unigrpo_core.recipe.schema import FlowRegularizerSlot, RegularizerSlot, Slot
+from unigrpo_core.recipe.slots import FlowRegularizerSlot, RegularizerSlot, Slot
 from unigrpo_core.records import FlowStep, TokenStep
 from unigrpo_core.testing.base import Conformance
 from unigrpo_core.testing.samples import (

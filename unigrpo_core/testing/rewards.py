@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_core.interfaces import Reward
-from unigrpo_core.recipe.schema import RewardSlot
+from unigrpo_core.recipe.slots import RewardSlot
 from unigrpo_core.records import Prompt, RewardBatch
 from unigrpo_core.testing.base import Conformance
 from unigrpo_core.testing.samples import uniform

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_core.interfaces import Scheduler
-from unigrpo_core.recipe.schema import SchedulerSlot
+from unigrpo_core.recipe.slots import SchedulerSlot
 from unigrpo_core.records import Transition, Unit
 from unigrpo_core.testing.base import LightConformance
 from unigrpo_core.testing.samples import AXES, normal, wide

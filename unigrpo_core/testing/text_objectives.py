@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_core.interfaces import TextObjective
-from unigrpo_core.recipe.schema import TextObjectiveSlot
+from unigrpo_core.recipe.slots import TextObjectiveSlot
 from unigrpo_core.testing.base import Conformance
 from unigrpo_core.testing.samples import gradient_is_right, normal, token_mask, uniform
 from unigrpo_core.testing.watch import no_global_draws, unchanged

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from unigrpo_core.interfaces import Window
-from unigrpo_core.recipe.schema import WindowSlot
+from unigrpo_core.recipe.slots import WindowSlot
 from unigrpo_core.testing.base import LightConformance
 from unigrpo_core.testing.samples import keys
 from unigrpo_core.testing.watch import no_global_draws
