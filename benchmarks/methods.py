@@ -39,11 +39,6 @@ FROM_PAGE = "../../recipes/neighbours"
 METRIC, QUALITY = "board_verifier", "board_verifier/quality"
 NOTHING = "-"
 ASIDE = ("extends", "title", "lr")  # what makes no method; learning rates have their own table
-OWN_UNITS = {"awm": "latent^2, of errors", "fpo": "latent^2, of errors", "flow_dppo": "nats, of KL"}
-"""What the clip counts of image objectives that take neither the scheduler's unit nor RatioNorm's,
-which is the drift of the mean."""
-
-TEXT_CLIPS = {"gspo": "a thought's ratio", "cispo": "a token's weight"}
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
 
 Row = Sequence[str]
@@ -151,16 +146,9 @@ def takes(one: Resolved) -> Row:
         *(f"{mean:,.0f}{mark}" for mean in (*means, sum(means))),
         ", ".join(name for name, read in reads.items() if read) or NOTHING,
         "the average" if recipe.ema.sample else off if recipe.updates.count > 1 else NOTHING,
-        TEXT_CLIPS.get(recipe.text.objective.component.name, "a token's ratio"),
-        unit(recipe.image.objective.component.name, image) if ratio else NOTHING,
+        recipe.text.objective.build().clips or NOTHING,
+        image.clips or NOTHING,
     )
-
-
-def unit(name: str, objective: ImageObjective) -> str:
-    """What the clip range of an image objective counts."""
-    if objective.unit:
-        return f"{objective.unit}, of ratios"
-    return OWN_UNITS.get(name, "latent, of drifts")
 
 
 # --- leaderboard ------------------------------------------------------------------------------

@@ -43,3 +43,12 @@ def test_a_step_moves_the_image_expert(checkpoint, tmp_path, name):
     before, after = load_file(checkpoint / "ema.safetensors"), tiny.final_weights(run)
     moved = [name for name, weight in before.items() if not torch.equal(after[name], weight)]
     assert any(map(tiny.is_image, moved))
+
+
+def test_one_image_a_prompt_is_enough_for_the_score(checkpoint, tmp_path):
+    """It is compared with no other image, so its advantage of 0 does not matter."""
+    alone = ("episode=['draw']", "train=['image']", "group.fan_out=[1]", "steps=1")
+    run = tiny.run(tmp_path, checkpoint, *alone, *BRIGHT, *METHODS["refl"])
+    [step] = tiny.lines(run)
+    assert step["image/grad_norm"] > 0
+    assert step["reward_std"] == 0

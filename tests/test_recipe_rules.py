@@ -35,6 +35,7 @@ DRAW = ('episode=["draw"]', 'train=["image"]', "group.fan_out=[12]")
         ('train=["text"]', "image.scheduler={use='ode', steps=8}"),
         ("image.objective.use=forward", "image.scheduler={use='ode', steps=8}"),
         ("image.objective.use=by_score", "rewards=[{use='smooth'}, {use='other', weight=0}]"),
+        (*DRAW, "group.fan_out=[1]", "image.objective.use=by_score", "rewards=[{use='smooth'}]"),
         ("image.objective.use=by_average", "ema.decay=0.9"),
         ("image.regularizers=[{use='mse', weight=0, anchor='ema'}]",),
         ("image.regularizers=[{use='mse', weight=1, anchor='ema'}]", "ema.decay=0.9"),

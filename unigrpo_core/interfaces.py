@@ -262,6 +262,9 @@ class Guidance(ABC):
 class TextObjective(ABC):
     """A loss on the log-probs of sampled tokens."""
 
+    clips: str = ""
+    """What its clip bounds, in words for tables of methods ("a token's ratio"); empty without."""
+
     @abstractmethod
     def loss(
         self, logps: Tensor, old_logps: Tensor, mask: Tensor, advantages: Tensor
@@ -297,6 +300,9 @@ class ImageObjective(ABC):
     points, and the sampler's gap is not measured there."""
     unit: Unit | None = None
     """The unit of its clip range, where that depends on the scheduler's."""
+    clips: str = ""
+    """Unit and object of its clip range, in words for tables of methods ("latent^2, of errors");
+    empty without clipping."""
 
     @abstractmethod
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:

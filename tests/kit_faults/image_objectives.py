@@ -15,6 +15,7 @@ from unigrpo_core.records import Points
 
 class GoodImage(ImageObjective):
     needs: ClassVar = frozenset()
+    clips: ClassVar = "nats, of ratios"
 
     def points(self, segment, scheduler, keys):
         names = ("x_t", "t", "t_next", "noise_level", "x_next", "old_mean")
@@ -69,6 +70,7 @@ image("test_needs_are_given", "'decode'", needs=frozenset({"decode"}))
 image("test_needs_are_given", "", needs=("old",))
 image("test_needs_are_given", "fresh is 1", fresh=1)
 image("test_needs_are_given", "unit is 'bits'", unit="bits")
+image("test_needs_are_given", "clips ''", clips="")
 image(
     "test_points_are_those_of_the_images",
     "3 rows of points for 4",

@@ -104,11 +104,12 @@ class Run:
         before = self.updater.calls
         found = gather(setup, step, clock)
         rollout, scores = found.sampled.rollout, found.sampled.scores
+        totals = scores.total.double().view(len(rollout.prompts), -1)  # a row per prompt
         with clock.phase("update"):
             metrics = self.updater(found.data)
         metrics = {
-            "reward": float(scores.total.double().mean()),
-            "reward_std": float(scores.total.view(len(rollout.prompts), -1).double().std(1).mean()),
+            "reward": float(totals.mean()),
+            "reward_std": float(totals.std(1, correction=min(1, totals.shape[1] - 1)).mean()),
             **equal_groups(recipe, rollout, scores),
             **found.counts,
             **{

@@ -53,7 +53,7 @@ def _policy(recipe: Recipe) -> Broke:
 def _groups(recipe: Recipe) -> Broke:
     for place, segment in enumerate(recipe.episode):
         expert = EXPERT_OF[segment]
-        if expert not in recipe.train:
+        if expert not in recipe.train or (expert == "image" and _scored(recipe)):
             continue
         siblings = expert == "image" and recipe.image.group_by == "siblings"
         counts = recipe.group.fan_out[place : place + 1] if siblings else recipe.group.fan_out
@@ -65,6 +65,12 @@ def _groups(recipe: Recipe) -> Broke:
         elif prod(counts[: place + 1]) < 2:
             message = f"makes {expert} groups of 1, whose advantages are all 0; 2 are needed"
             yield Broken(("group", "fan_out"), message)
+
+
+def _scored(recipe: Recipe) -> bool:
+    """Whether images are trained by the score itself, and need none to be compared with."""
+    slot = recipe.image.objective
+    return slot is not None and "score" in built(slot, ("image", "objective")).needs
 
 
 def _regularizers(recipe: Recipe) -> Broke:

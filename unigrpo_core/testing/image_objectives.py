@@ -77,12 +77,16 @@ class ImageObjectiveConformance(LightConformance):
 
     def test_needs_are_given(self, component: ImageObjective) -> None:
         """``needs`` is a frozenset of "old", "reference", "ema" and "score"; ``fresh`` is a bool,
-        ``unit`` a unit of log-ratios or None."""
+        ``unit`` a unit of log-ratios or None; ``clips`` says what is bounded if anything is."""
         assert isinstance(component.needs, frozenset), f"{component.needs!r}"
         unknown = component.needs - VELOCITIES - {"score"}
         assert not unknown, f"needs {sorted(unknown)}, which nobody computes"
         assert isinstance(component.fresh, bool), f"fresh is {component.fresh!r}"
         assert component.unit in (None, *get_args(Unit)), f"unit is {component.unit!r}"
+        bound = component.clip_range(24)
+        assert bool(component.clips) == math.isfinite(bound), (
+            f"the clip range is {bound}, and clips {component.clips!r}"
+        )
 
     def test_points_are_those_of_the_images(self, component: ImageObjective) -> None:
         """Finite float32 [E, K, *] and [E, K], with times that fall and a transition at each;

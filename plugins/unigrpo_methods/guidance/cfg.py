@@ -60,7 +60,8 @@ class CFGOptions(Options):
     renorm: Literal["none", "global", "channel", "text_channel", "channel_exact"] = Field(
         "none",
         description="shrink the guided velocity to the conditional one's norm: never, per image, "
-        "per token, or per token before image_scale acts; channel_exact: per token, enlarged too",
+        "per token (the latents' last axis), or per token before image_scale acts; channel_exact: "
+        "per token, enlarged too",
     )
     renorm_min: float = Field(
         0.0, ge=0, le=1, description="the smallest factor by which renorm shrinks, 0 to 1"

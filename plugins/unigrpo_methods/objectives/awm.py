@@ -81,6 +81,7 @@ class AWM(ImageObjective):
 
     options: AWMOptions
     needs: ClassVar[frozenset[str]] = frozenset()
+    clips = "latent^2, of errors"
     fresh: ClassVar[bool] = True
 
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:

@@ -49,6 +49,7 @@ class CISPO(TextObjective):
     """REINFORCE with clipped importance weights, averaged over all tokens."""
 
     options: CISPOOptions
+    clips = "a token's weight"
 
     def loss(
         self, logps: Tensor, old_logps: Tensor, mask: Tensor, advantages: Tensor

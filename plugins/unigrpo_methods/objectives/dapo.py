@@ -49,6 +49,7 @@ class DAPO(TextObjective):
     """Per-token surrogate with two clip ranges, averaged over all tokens."""
 
     options: DAPOOptions
+    clips = "a token's ratio"
 
     def loss(
         self, logps: Tensor, old_logps: Tensor, mask: Tensor, advantages: Tensor

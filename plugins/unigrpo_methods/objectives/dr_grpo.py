@@ -54,6 +54,7 @@ class DrGRPO(TextObjective):
     """Per-token clipped surrogate, summed over tokens and divided by a constant."""
 
     options: DrGRPOOptions
+    clips = "a token's ratio"
 
     def loss(
         self, logps: Tensor, old_logps: Tensor, mask: Tensor, advantages: Tensor

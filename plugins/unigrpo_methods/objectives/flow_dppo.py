@@ -64,6 +64,7 @@ class FlowDPPO(ImageObjective):
 
     options: FlowDPPOOptions
     needs: ClassVar[frozenset[str]] = frozenset()
+    clips = "nats, of KL"
 
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
         return steps.segment_points(segment, scheduler)

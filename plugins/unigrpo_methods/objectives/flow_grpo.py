@@ -63,6 +63,7 @@ class FlowGRPO(ImageObjective):
 
     options: FlowGRPOOptions
     unit: Unit | None
+    clips: str
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
@@ -96,7 +97,7 @@ class FlowGRPO(ImageObjective):
 
 
 def build(options: FlowGRPOOptions) -> FlowGRPO:
-    return FlowGRPO(options, options.unit)
+    return FlowGRPO(options, options.unit, options.clips)
 
 
 PROVIDER = Provider(

@@ -74,6 +74,7 @@ class FPO(ImageObjective):
 
     options: FPOOptions
     needs: ClassVar[frozenset[str]] = frozenset()
+    clips = "latent^2, of errors"
     fresh: ClassVar[bool] = True
 
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:

@@ -41,6 +41,7 @@ class GRPO(TextObjective):
     """Per-token clipped surrogate, averaged over tokens, then over sequences."""
 
     options: GRPOOptions
+    clips = "a token's ratio"
 
     def loss(
         self, logps: Tensor, old_logps: Tensor, mask: Tensor, advantages: Tensor

@@ -71,6 +71,7 @@ class GRPOGuard(ImageObjective):
 
     options: GRPOGuardOptions
     needs: ClassVar[frozenset[str]] = frozenset()
+    clips = "latent, of drifts"
 
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
         return steps.segment_points(segment, scheduler)

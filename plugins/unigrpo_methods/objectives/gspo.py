@@ -51,6 +51,7 @@ class GSPO(TextObjective):
     """Clipped surrogate of the sequence's mean log-ratio, averaged over sequences."""
 
     options: GSPOOptions
+    clips = "a thought's ratio"
 
     def loss(
         self, logps: Tensor, old_logps: Tensor, mask: Tensor, advantages: Tensor

@@ -71,6 +71,11 @@ class RatioOptions(Options):
         """The unit of the bound, where it depends on the scheduler's."""
         return None if self.ratio_norm else self.clip_unit
 
+    @property
+    def clips(self) -> str:
+        """What the bound counts, and of what."""
+        return "latent, of drifts" if self.ratio_norm else f"{self.clip_unit}, of ratios"
+
 
 def segment_points(segment: ImageSegment, scheduler: Scheduler) -> Points:
     """The stored steps of the sampler, [E, K].

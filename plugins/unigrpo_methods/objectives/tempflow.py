@@ -56,6 +56,7 @@ class TempFlow(ImageObjective):
 
     options: TempFlowOptions
     unit: Unit | None
+    clips: str
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def points(self, segment: ImageSegment, scheduler: Scheduler, keys: Sequence[Key]) -> Points:
@@ -90,7 +91,7 @@ class TempFlow(ImageObjective):
 
 
 def build(options: TempFlowOptions) -> TempFlow:
-    return TempFlow(options, options.unit)
+    return TempFlow(options, options.unit, options.clips)
 
 
 PROVIDER = Provider(
