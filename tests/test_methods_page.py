@@ -62,9 +62,12 @@ def test_rows_say_what_makes_a_method_and_what_it_takes(printed):
     assert made["mix_grpo"]["paper"] == "[2507.21802](https://arxiv.org/abs/2507.21802)"
     assert made["sep_grpo"]["paper"] == "-"
     plain = {"sampling": "1,152", "old": "216", "anchors": "0", "update": "432", "all": "1,800"}
+    ours = plain | {"anchors": "432", "all": "2,232", "reads": "old, reference"}
     for name, others in {
-        "cispo": {"clip of text": "a token's weight", "clip of images": "latent, of drifts"},
-        "unigrpo": {"anchors": "432", "all": "2,232", "reads": "old, reference"},
+        "grpo_guard": {"clip of text": "a token's ratio", "clip of images": "latent, of drifts"},
+        "unigrpo": ours,
+        "cispo": ours | {"clip of text": "a token's weight"},
+        "gspo": ours | {"clip of text": "a thought's ratio"},
         "diffusion_nft": {
             "old": "432",
             "all": "2,016",
@@ -74,7 +77,7 @@ def test_rows_say_what_makes_a_method_and_what_it_takes(printed):
         },
         "refl": {"old": "72", "update": "144", "all": "1,368", "reads": "gradient of the reward"},
         "cps": {"clip of images": "latent^2, of ratios"},
-        "dapo": {key: f"{value}*" for key, value in plain.items()},
+        "dapo": {key: f"{value}*" for key, value in ours.items() if key != "reads"},
     }.items():
         assert taken[name].items() >= (plain | others).items(), name
 
