@@ -19,7 +19,7 @@ Deviations and readings
        reach groups of equal rewards, which are to get exactly 0.
     2. The code divides by the sample's standard deviations; those of the groups cancel to a common
        factor if groups are equally large, and that of the batch is sqrt(E / (E - 1)) larger.
-    3. The code adds 1e-4 to each; here 1e-6 as in ``group_norm``, where the reason is given.
+    3. TRL's version adds 1e-4 to each; here 1e-6 as in ``group_norm``, where the reason is given.
     4. No clip in the paper, and none by default.
     5. The code's verl version averages the last step over tokens, so that long texts count more.
        Here, as in its TRL version, every row counts once.

@@ -2,7 +2,8 @@
 
 Paper
     UniGRPO (arXiv 2603.23500), Eq 1; GRPO (arXiv 2402.03300); ``std = "none"``: Dr. GRPO
-    (arXiv 2503.20783); ``std = "global"``: Flow-GRPO (arXiv 2505.05470).
+    (arXiv 2503.20783); ``std = "global"``: the code of Flow-GRPO (arXiv 2505.05470), whose Eq 4 has
+    the group's.
 
 Mathematics
     R_i = sum_r weight_r reward_ir,   A_i = (R_i - mean_group R) / (s + floor), where s is the

@@ -1,7 +1,8 @@
 """Advantage Weighted Matching: the flow-matching loss as a log-prob, under PPO's clip.
 
 Paper
-    AWM (arXiv 2509.25050) and the public code of its authors; Flow-Factory's for the clip range.
+    AWM (arXiv 2509.25050) and the public code of its authors; Flow-Factory's guide for the clip
+    range.
 
 Mathematics
     At fresh points (see ``fresh``), with means over the latent elements,
@@ -24,7 +25,8 @@ Convention
 Deviations and readings
     1. log p has a mean over the elements where a density has a sum, as in the code: r is no ratio
        of densities but close to 1 even for large d.
-    2. c: Flow-Factory's default is 1e-5. The authors' own runs state 1, which never acts.
+    2. c = 1e-5 is what Flow-Factory's guide advises; the default of its code is 1e-4. The authors'
+       own runs state 1, which hardly ever acts.
     3. The authors' runs have "ghuber", p = .25, and advantages divided by their bound of 5; here
        w = 1, p = 1 and the advantage as it comes. A scale changes nothing for Adam.
     4. One ratio per point; the code also knows one per image, exp of the mean over its points.

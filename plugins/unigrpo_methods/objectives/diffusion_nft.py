@@ -24,8 +24,9 @@ Convention
 
 Deviations and readings
     1. r is the paper's optimality probability, which takes the reward less the group's mean over
-       Z, and the paper leaves Z open. Here A is the recipe's advantage, as in the authors' code,
-       which divides group-normalised ones by their bound, adv_clip_max = 5: the default.
+       Z; for Z the paper suggests a global standard deviation. Here A is the recipe's advantage, as
+       in the authors' code, which divides group-normalised ones by their bound, adv_clip_max = 5:
+       the default.
     2. The code divides the loss by b and multiplies it by Z. Neither changes what Adam does, but
        the weight of a regularizer counts in units of this loss.
     3. The code takes the times of its sampler's grid, each once; here they are drawn.
@@ -33,7 +34,9 @@ Deviations and readings
        recipe's: [ema] with sample = true. v_old is always of the weights that sampled.
     5. The code's KL, a mean of (v - v_reference)^2 of weight 1e-4, is the regularizer
        ``velocity_mse``.
-    6. b = .1 is that of the code's published runs; others take 1.
+    6. The paper takes b = 1 or .1, "for faster reward increase"; .1 is the default here.
+    7. The paper's practical version, and its code, weigh by "self_normalised"; the default here is
+       Eq 5 as it stands.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Deviations and readings
     2. The paper's formula has no factor 1/M, its code has; under Adam the factor acts only through
        the bound on the gradient's norm and beside other losses.
     3. A sequence longer than M is an error, because then M is not what sampling was limited to.
-    4. The clip range is GRPO's 0.2.
+    4. The clip range of 0.2 is the paper's (Table 6).
     5. The log-ratio is limited to +-20 (see ``surrogate``).
 """
 

@@ -21,8 +21,9 @@ Convention
     ``clip_fraction`` is 1 where a point is masked; ``divergence`` is D.
 
 Deviations and readings
-    1. Eq 14 has a squared norm; D is a mean, as the log-ratio is, and as in the code that states
-       the default threshold of 1e-5. (The paper tries 1e-5 to 1e-7.)
+    1. Eq 14 has a squared norm; D is a mean, as the log-ratio is, and as in UniRL's code. The
+       default threshold is the paper's for its runs, 1e-7; with CPS it has 1e-6, and UniRL 1e-5,
+       which the paper finds less stable.
     2. Algorithm 1 writes D without the variance; Eqs 14 to 16 have it, also for CPS.
     3. The ratio is that of the densities under every scheduler (Eq 12), also where the scheduler's
        own log-ratio leaves the variance out (``cps``). So there is no unit to state.
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 class FlowDPPOOptions(Options):
     threshold: float = Field(
-        1e-5,
+        1e-7,
         gt=0,
         allow_inf_nan=False,
         description="divergence of a step per latent element beyond which it is masked, > 0, nats",

@@ -12,7 +12,7 @@ Convention
     metrics and weight 0.
 
 Deviations and readings
-    1. The paper gives no clip range for text; 0.2 is the GRPO paper's.
+    1. Neither paper gives a clip range for text; 0.2 is PPO's, and TRL's default for GRPO.
     2. The term -beta_txt KL of Eq 2 is the regularizer ``text_kl``; the paper sets beta_txt = 0.
     3. The log-ratio is limited to +-20 (see ``surrogate``).
 """

@@ -1,8 +1,8 @@
 """GRPO-Guard: RatioNorm, and every step's loss over its dt.
 
 Paper
-    GRPO-Guard (arXiv 2510.22319), Eq 8 and its gradient reweighting; and its code (the GRPO-Guard
-    script of Flow-GRPO's repository).
+    GRPO-Guard (arXiv 2510.22319), Eqs 8 and 12; and its code (the GRPO-Guard script of Flow-GRPO's
+    repository).
 
 Mathematics
     log r~ = mean(delta (x_next - mu_old)) / std with delta = mu - mu_old, as ``flow_grpo`` with
@@ -18,7 +18,8 @@ Convention
     reweight = "none" leaves the factor out: that is ``flow_grpo`` with ratio_norm.
 
 Deviations and readings
-    1. The paper's factor for DanceGRPO's sampler, proportional to 1/dt, is the same here.
+    1. The paper's factor for DanceGRPO's sampler is (1 + a^2 (1 - t) / 2t) / dt, a its noise level;
+       here it is 1/dt under every sampler, as in the code.
     2. The code divides by the mean dt over the batch, which holds one step at a time; here each
        point has its own.
     3. Norms and log-ratios are means over latent elements, as in the code.

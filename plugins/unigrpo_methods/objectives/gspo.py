@@ -17,8 +17,8 @@ Convention
 
 Deviations and readings
     1. The clip ranges, 3e-4 and 4e-4, are of a mean over tokens, which varies far less than a
-       token's log-ratio; the paper finds more clipped with them than with GRPO's .2, and trains
-       better. They are no ranges for GRPO or DAPO.
+       token's log-ratio; the paper finds more clipped with them than with GRPO's .2 and .27, and
+       trains better. They are no ranges for GRPO or DAPO.
     2. The paper's GSPO-token, for advantages that differ along a sequence, is not needed: here an
        advantage is a sequence's, and then both have the same gradient.
     3. The mean log-ratio is limited to +-20 (see ``surrogate``).

@@ -1,7 +1,8 @@
 """ReFL: the gradient of a differentiable reward, through the image as one step would finish it.
 
 Paper
-    ImageReward (arXiv 2304.05977), section 4 and Algorithm 1; the public code of its authors.
+    ImageReward (arXiv 2304.05977), section 3 and Algorithm 1; section 4.2 and the public code of
+    its authors for the settings.
 
 Mathematics
     At a late step of the sampler, x0hat = x_t - t v, and with S the reward of the decoded x0hat,
@@ -25,7 +26,8 @@ Deviations and readings
        the window draws per rollout, and the rollout goes on to the end, since other objectives and
        the sheet want its image.
     3. The original's weight of 1e-3 stands beside a pre-training loss on real images of weight 1,
-       which is not here; a regularizer may take its place. The default here is 1.
+       which is not here (nor in the public code); a regularizer may take its place. The default
+       here is 1.
     4. The ceiling of 2 is in units of ImageReward, standardised; without one unless it is given.
 """
 
@@ -50,8 +52,8 @@ class ReFLOptions(Options):
     weight: float = Field(1.0, gt=0, description="what the loss is multiplied by, > 0 (no unit)")
     ceiling: float | None = Field(
         None,
-        description="the score above which there is no gradient, in its units (the paper's relu "
-        "has 2); none if it is not given",
+        description="the score above which there is no gradient, in its units (the authors' "
+        "code has 2); none if it is not given",
     )
 
 
