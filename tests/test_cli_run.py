@@ -17,8 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from unigrpo_core import cli
+from unigrpo_core.catalog import load_catalog
 from unigrpo_core.cli.display import Lines, Live, progress_on
-from unigrpo_core.recipe import shipped_titles
+from unigrpo_core.recipe import find_recipe, load_recipe, shipped_titles
 
 BRIEF = (
     *("--set", "prompts=2"),
@@ -239,8 +240,8 @@ def test_every_shipped_recipe_runs_two_steps(unigrpo, tmp_path, checkpoint, name
     """On a tiny model; its group shape and every other choice are the recipe's own."""
     if name in ("paper/image_then_text", "paper/none"):
         pytest.skip("trains after another run, or nothing: tests/test_paper_ablation.py has both")
-    fan_out = "[2, 3]" if name.startswith(("fast", "hacking", "neighbours/siblings")) else "[3, 1]"
-    fan_out = "[3]" if name == "paper/image_no_thought" else fan_out
+    *_, last = stated = load_recipe(find_recipe(name), load_catalog()).recipe.group.fan_out
+    fan_out = [3] if len(stated) == 1 else [2, 3] if last > 1 else [3, 1]
     code, out, err = unigrpo(
         "run", name, "--out", tmp_path / "run", *BRIEF,
         "--set", f"policy.checkpoint='{checkpoint}'", "--set", "evaluation.sheet=0",

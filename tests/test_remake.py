@@ -26,9 +26,9 @@ exit 1
 """
 
 
-def remake(folder, page):
+def remake(folder, page, *words):
     (folder / "page.md").write_text(page)
-    command = [sys.executable, str(ROOT / "benchmarks" / "remake.py"), "page.md"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "remake.py"), "page.md", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return done, (folder / "page.md").read_text()
 
@@ -59,3 +59,13 @@ def test_a_page_without_a_command_is_a_mistake(tmp_path):
 def test_commands_find_this_unigrpo(tmp_path):
     _, page = remake(tmp_path, PAGE.replace("cat file", "command -v unigrpo"))
     assert f"\n{Path(sys.executable).parent / 'unigrpo'}\n" in page
+
+
+def test_only_the_named_commands_are_run(tmp_path):
+    (tmp_path / "file").write_text("as it was")
+    done, page = remake(tmp_path, PAGE, "--only", "cat file")
+    assert done.returncode == 0, done.stderr
+    assert page == PAGE.replace("\nwhat stood here\n", "\n\nas it was\n\n")
+    done, page = remake(tmp_path, PAGE, "--only", "cat")
+    assert (done.returncode, page) == (2, PAGE)
+    assert "no block of 'cat'; it has ['echo kept > file', 'cat file']" in done.stderr

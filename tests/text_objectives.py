@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from unigrpo_methods.objectives import cispo, dapo, dr_grpo, grpo, gspo
+from unigrpo_methods import hooks
 
 from unigrpo_core.interfaces import TextObjective
 from unigrpo_core.plugin import Provider
 
-PROVIDERS = {one.PROVIDER.name: one.PROVIDER for one in (cispo, dapo, dr_grpo, grpo, gspo)}
+PROVIDERS = {provider.name: provider for provider in hooks.unigrpo_text_objectives()}
 
 
 def objective(name: str, **options: Any) -> TextObjective:
