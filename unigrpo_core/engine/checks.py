@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from unigrpo_core.engine.cuts import cut_prompts
-from unigrpo_core.engine.faults import no_memory, passes
+from unigrpo_core.engine.faults import blamed
 from unigrpo_core.engine.gap import finite
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.interfaces import PromptSource
-from unigrpo_core.loading import said
-from unigrpo_core.recipe import Recipe
 from unigrpo_core.recipe.schema import Expert
 from unigrpo_core.records import ImageSegment, Prompt, Rollout, TextSegment
 
@@ -99,12 +96,25 @@ def _asked(
     setup: Setup, question: Callable[[PromptSource], tuple[Prompt, ...]]
 ) -> tuple[Prompt, ...]:
     """What the source answers; a failure is its plugin's."""
-    try:
+    with blamed(setup.recipe.source.who):
         return question(setup.source)
-    except BaseException as error:
-        if passes(error):
-            raise
-        raise PluginError(f"{setup.recipe.source.who} failed: {said(error)}") from error
+
+
+def check_steps(setup: Setup, found: Sequence[int], total: int) -> None:
+    """Whether the window chose as many of the steps as it says.
+
+    Raises:
+        PluginError: it did not, or not in order, or some that there are not.
+    """
+    slot = setup.recipe.image.window
+    assert slot is not None
+    assert setup.window is not None
+    count = setup.window.count(total)
+    if len(found) != count or list(found) != sorted({*found} & {*range(total)}):
+        raise PluginError(
+            f"{slot.who} returned {found} of {total} steps, expected {count} rising number"
+            f"{'s' * (count > 1)} from 0 to {total - 1}"
+        )
 
 
 def check_finite(rollout: Rollout) -> None:
@@ -209,23 +219,3 @@ def check_unmoved(was: Tensor, became: Tensor, precision: str) -> None:
             'shares weights with what is trained; what keep("reference") keeps must be a copy, or '
             "what no optimizer touches"
         )
-
-
-@contextmanager
-def memory(recipe: Recipe) -> Iterator[None]:
-    """Around whatever takes memory by the row.
-
-    Raises:
-        UserError: there is too little, on the device or here.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not no_memory(error):
-            raise
-        raise UserError(
-            f"out of memory: lower compute.rollout_rows (now {recipe.compute.rollout_rows}), "
-            "compute.rollout_images or "
-            f"compute.replay_tokens (now {recipe.compute.replay_tokens}), which change no draw; "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from unigrpo_core.engine.checks import check_finite
 from unigrpo_core.engine.cuts import cut_texts, said_of_cuts
+from unigrpo_core.engine.faults import told
 from unigrpo_core.engine.folder import check_place
 from unigrpo_core.engine.rollout import Plan, sample
 from unigrpo_core.engine.scoring import episodes
-from unigrpo_core.engine.setup import with_policy
+from unigrpo_core.engine.setup import Setup, with_policy
 from unigrpo_core.engine.sheet import Card, pixels, write_sheet
 from unigrpo_core.errors import UserError
 from unigrpo_core.interfaces import PromptSource
@@ -53,6 +54,13 @@ def draw_samples(resolved: Resolved, text: str, count: int, seed: int, out: Path
     _check_place(out)
     prompt = Prompt("sample", text)
     setup = with_policy(resolved.recipe, Given(prompt))
+    with told(resolved.recipe):
+        return _drawn(resolved, setup, prompt, count, seed, out)
+
+
+def _drawn(
+    resolved: Resolved, setup: Setup, prompt: Prompt, count: int, seed: int, out: Path
+) -> Drawn:
     view, recipe = setup.views[0], setup.recipe
     setup.policy.prompt_tokens(prompt, recipe.text.max_tokens if "think" in view.episode else 0)
     fan_out = (count, *(1 for _ in view.episode[1:]))
@@ -62,7 +70,7 @@ def draw_samples(resolved: Resolved, text: str, count: int, seed: int, out: Path
     batch = episodes(rollout, "sample")
     cards = [
         Card(
-            text,
+            prompt.text,
             None if batch.thoughts is None else batch.thoughts[row],
             None if batch.images is None else pixels(batch.images[row]),
             (),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from unigrpo_core.engine.checks import check_draws, check_finite, training_prompts
+from unigrpo_core.engine.checks import check_draws, check_finite, check_steps, training_prompts
 from unigrpo_core.engine.clock import Clock
 from unigrpo_core.engine.cuts import cut_texts
 from unigrpo_core.engine.rollout import Plan, sample
@@ -69,6 +69,7 @@ def _sampled(setup: Setup, prompts: Sequence[Prompt], step: int, key: Key, clock
     if setup.window is not None and setup.training is not None:
         window = Key((recipe.seed, "train", step)).child("window")
         trained = setup.window.steps(setup.training.steps, window, step)
+        check_steps(setup, trained, setup.training.steps)
     plan = Plan(recipe.episode, recipe.group.fan_out, setup.training, trained)
     by = setup.policy.weights("ema") if recipe.ema.sample else nullcontext()
     with by:

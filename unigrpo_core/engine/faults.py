@@ -1,19 +1,91 @@
-"""What passes through the engine when a plugin's code fails, and is not that plugin's fault."""
+"""Whose fault it is when something fails: a plugin's, which is named, or a lack of memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from traceback import walk_tb
+
 import torch
+from torch import Tensor
 
-from unigrpo_core.errors import UserError
+from unigrpo_core.errors import PluginError, UserError
+from unigrpo_core.loading import file_of, said
+from unigrpo_core.recipe import Recipe
+from unigrpo_core.recipe.schema import slots
+
+OURS = "unigrpo"
+"""The distribution whose failures are bugs of ours, to be reported, and no plugin's."""
 
 
-def passes(error: BaseException) -> bool:
-    """Whether an error of a plugin's code is said as it is: it is told already, the user's own
-    Ctrl-C, or a lack of memory. Any other is named as that plugin's."""
-    return isinstance(error, UserError | KeyboardInterrupt) or no_memory(error)
+@contextmanager
+def blamed(who: str) -> Iterator[None]:
+    """Around a call into a plugin's code.
+
+    Raises:
+        PluginError: it failed; the message begins with ``who``. What is told already, the user's
+            own Ctrl-C and a lack of memory pass as they are.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError | KeyboardInterrupt) or no_memory(error):
+            raise
+        raise PluginError(f"{who} failed: {said(error)}") from error
+
+
+@contextmanager
+def told(recipe: Recipe) -> Iterator[None]:
+    """Around the work of a recipe, in which its components are called from many places.
+
+    Raises:
+        UserError: there is too little memory, on the device or here.
+        PluginError: a component of somebody else failed, which is the one whose file the error came
+            through last.
+    """
+    try:
+        yield
+    except Exception as error:
+        if no_memory(error):
+            raise UserError(
+                f"out of memory: lower compute.rollout_rows (now {recipe.compute.rollout_rows}), "
+                "compute.rollout_images or "
+                f"compute.replay_tokens (now {recipe.compute.replay_tokens}), which change no "
+                f"draw; {' '.join(str(error).split())[:200]}"
+            ) from error
+        who = "" if isinstance(error, UserError) else _whose(recipe, error)
+        if not who:
+            raise
+        raise PluginError(f"{who} failed: {said(error)}") from error
+
+
+def floats(who: str, values: object, shape: Sequence[int], what: str = "") -> Tensor:
+    """The values that a component returned; ``what`` says as what ("as loss").
+
+    Raises:
+        PluginError: they are no float tensor of that shape. Another would be broadcast to a
+            meaningless loss.
+    """
+    if isinstance(values, Tensor):
+        if values.is_floating_point() and values.shape == tuple(shape):
+            return values
+        values = f"{values.dtype} {tuple(values.shape)}"
+    got = f"{values} {what}".rstrip()
+    raise PluginError(f"{who} returned {got}, expected floats {tuple(shape)}")
 
 
 def no_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out, on the device or here."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _whose(recipe: Recipe, error: BaseException) -> str:
+    """The component, or those of one file; empty if it is none of somebody else."""
+    files: dict[str, list[str]] = {}
+    for _, slot in slots(recipe):
+        if slot.component.distribution != OURS:
+            files.setdefault(file_of(slot.component.provider), []).append(slot.who)
+    through = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
+    last = next((file for file in reversed(through) if file in files), None)
+    return "" if last is None else " or ".join(dict.fromkeys(files[last]))

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from unigrpo_core.engine.checks import check_prompts, memory
+from unigrpo_core.engine.checks import check_prompts
 from unigrpo_core.engine.clock import Clock
 from unigrpo_core.engine.cost import Cost, earlier_run
 from unigrpo_core.engine.evaluate import evaluate
 from unigrpo_core.engine.events import Log, events
 from unigrpo_core.engine.experience import gather
+from unigrpo_core.engine.faults import told
 from unigrpo_core.engine.folder import RunFolder, whole
 from unigrpo_core.engine.scoring import equal_groups
 from unigrpo_core.engine.setup import Setup, build_setup
@@ -48,8 +49,9 @@ class Run:
         self.resolved, self.recipe = resolved, resolved.recipe
         self.folder, self.reporter = RunFolder(path), reporter
         self.setup = build_setup(resolved, path)
-        self.notes = check_prompts(self.setup)
-        self.updater = Updater(self.setup)
+        with told(self.recipe):
+            self.notes = check_prompts(self.setup)
+            self.updater = Updater(self.setup)
         self.history: list[tuple[int, dict[str, float]]] = []
         self.shown: dict[int, list[Card]] = {}
         self.step = 0  # the last one that was measured
@@ -65,7 +67,7 @@ class Run:
         try:
             with events(self.setup.accelerator, self.folder.path) as log:
                 self.reporter.started(self.resolved, self.folder.path, self.setup)
-                with memory(self.recipe):
+                with told(self.recipe):
                     self._train(log)
             with whole(self.folder.path / "final") as partial:
                 self.setup.policy.save(partial)

@@ -13,10 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from unigrpo_core.engine.faults import floats
 from unigrpo_core.engine.kept import Kept, Velocity
 from unigrpo_core.engine.scoring import graded
 from unigrpo_core.engine.setup import Setup
 from unigrpo_core.engine.trainset import MicroBatch, TrainSet
+from unigrpo_core.recipe.slots import Slot
 from unigrpo_core.records import FlowStep, Points, TokenStep
 
 
@@ -63,7 +65,9 @@ class Losses:
         values, metrics = setup.text_objective.loss(
             logps, old_logps, mask, data.text_advantages[rows]
         )
-        weights = setup.text_objective.weights(mask) / self.text_total
+        weights = setup.text_objective.weights(mask)
+        _check(setup.recipe.text.objective, values, weights, metrics, mask)
+        weights = weights / self.text_total
         term = (values * weights).sum()
         sums.add("text/loss", term)
         for name, value in metrics.items():
@@ -92,7 +96,10 @@ class Losses:
         losses, metrics = setup.image_objective.loss(
             points, velocities, data.image_advantages[rows, columns], data.rewards[rows, columns]
         )
-        weights = setup.image_objective.weights(torch.ones_like(points.t).bool()) / self.image_total
+        mask = torch.ones_like(points.t).bool()
+        weights = setup.image_objective.weights(mask)
+        _check(setup.recipe.image.objective, losses, weights, metrics, mask)
+        weights = weights / self.image_total
         term = (losses * weights).sum()
         sums.add("image/loss", term)
         for name, value in metrics.items():
@@ -107,6 +114,23 @@ class Losses:
             sums.add(f"image/{item.name}", penalty)
             loss = loss + item.weight * penalty
         return loss
+
+
+def _check(
+    objective: Slot | None,
+    values: object,
+    weights: object,
+    metrics: Mapping[str, object],
+    mask: Tensor,
+) -> None:
+    """Whether an objective returned one number per token or point, and says so if not."""
+    assert objective is not None
+    for what, found in {
+        "as loss": values,
+        "as weights": weights,
+        **{f"as metric {name!r}": value for name, value in metrics.items()},
+    }.items():
+        floats(objective.who, found, mask.shape, what)
 
 
 def _step(points: Points, v: Tensor, v_anchor: Tensor) -> FlowStep:

@@ -7,9 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from unigrpo_core.engine.faults import passes
-from unigrpo_core.errors import PluginError
-from unigrpo_core.loading import said
+from unigrpo_core.engine.faults import blamed, floats
 from unigrpo_core.records import FlowStep, TokenStep
 
 Step = TypeVar("Step", FlowStep, TokenStep)
@@ -17,19 +15,11 @@ Step = TypeVar("Step", FlowStep, TokenStep)
 
 def checked(who: str, penalty: Callable[[Step], Tensor]) -> Callable[[Step], Tensor]:
     """The penalty, which raises a PluginError that begins with ``who`` if it fails or returns what
-    is no float tensor [B, K] or [B, L]: another shape would be broadcast to a meaningless loss."""
+    is no float tensor [B, K] or [B, L]."""
 
     def call(step: Step) -> Tensor:
-        try:
+        with blamed(who):
             values = penalty(step)
-        except BaseException as error:
-            if passes(error):
-                raise
-            raise PluginError(f"{who} failed: {said(error)}") from error
-        want = step.t.shape if isinstance(step, FlowStep) else step.logps.shape
-        if not (isinstance(values, Tensor) and values.is_floating_point() and values.shape == want):
-            got = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else values
-            raise PluginError(f"{who} returned {got}, expected floats {tuple(want)}")
-        return values
+        return floats(who, values, (step.t if isinstance(step, FlowStep) else step.logps).shape)
 
     return call

@@ -9,10 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from unigrpo_core.engine.faults import passes
+from unigrpo_core.engine.faults import blamed, floats
 from unigrpo_core.engine.setup import NamedReward, Setup
 from unigrpo_core.errors import PluginError
-from unigrpo_core.loading import said
 from unigrpo_core.recipe import Recipe
 from unigrpo_core.recipe.schema import EXPERT_OF
 from unigrpo_core.records import ImageSegment, Prompt, RewardBatch, Rollout, TextSegment
@@ -116,12 +115,8 @@ def graded(
 
 
 def _call(item: NamedReward, method: Callable[[RewardBatch], T], batch: RewardBatch) -> T:
-    try:
+    with blamed(f"reward {item.name!r} of {item.origin}"):
         return method(batch)
-    except BaseException as error:
-        if passes(error):
-            raise
-        raise PluginError(f"reward {item.name!r} of {item.origin} failed: {said(error)}") from error
 
 
 def _column(item: NamedReward, batch: RewardBatch) -> Tensor:
@@ -154,19 +149,30 @@ def _floats(who: str, values: object, batch: RewardBatch) -> Tensor:
 def advantages(setup: Setup, rollout: Rollout, scores: Scores, level: int) -> Tensor:
     """float32 [E_level]: the advantage of every row of a segment, from the mean over the episodes
     that descend from it, relative to its group."""
-    recipe, advantage = setup.recipe, setup.advantage
-    assert advantage is not None
+    recipe = setup.recipe
     assert recipe.advantage is not None
     last, above = len(rollout.segments) - 1, _group_level(recipe, level)
     if recipe.advantage.descendants == "mean_then_normalize":
-        group = rollout.ancestors(level, above)
-        valid = torch.ones(len(group), dtype=torch.bool)
         means = _descendants(rollout, scores.values, level).float()
-        return advantage(means, scores.weights, group, valid)
-    group = rollout.ancestors(last, above)
-    valid = torch.ones(len(group), dtype=torch.bool)
-    found = advantage(scores.values, scores.weights, group, valid)
+        return _relative(setup, means, scores.weights, rollout.ancestors(level, above))
+    found = _relative(setup, scores.values, scores.weights, rollout.ancestors(last, above))
     return _descendants(rollout, found, level).float()
+
+
+def _relative(setup: Setup, rewards: Tensor, weights: Tensor, group: Tensor) -> Tensor:
+    """The advantages of rewards [E, R], all of them valid.
+
+    Raises:
+        PluginError: they are not one finite number each.
+    """
+    slot = setup.recipe.advantage
+    assert slot is not None
+    assert setup.advantage is not None
+    valid = torch.ones(len(group), dtype=torch.bool)
+    found = floats(slot.who, setup.advantage(rewards, weights, group, valid), group.shape)
+    if not torch.isfinite(found).all():
+        raise PluginError(f"{slot.who} returned {found[~torch.isfinite(found)][0].item()}")
+    return found
 
 
 def equal_groups(recipe: Recipe, rollout: Rollout, scores: Scores) -> dict[str, float]:

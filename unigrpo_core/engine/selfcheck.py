@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unigrpo_core.engine.checks import check_prompts, memory
+from unigrpo_core.engine.checks import check_prompts
 from unigrpo_core.engine.clock import Clock
 from unigrpo_core.engine.cuts import said_of_cuts
 from unigrpo_core.engine.experience import Experience, gather
+from unigrpo_core.engine.faults import told
 from unigrpo_core.engine.gap import CLIP_SHARE, IMAGE_MAX, RADIUS_SHARE, TEXT_MAX, TEXT_MEAN
 from unigrpo_core.engine.scoring import equal_groups
 from unigrpo_core.engine.setup import Setup, build_setup
@@ -44,7 +45,7 @@ def self_check(resolved: Resolved) -> Iterator[Finding]:
     try:
         setup = build_setup(resolved)
         yield _model(setup)
-        with memory(setup.recipe):
+        with told(setup.recipe):
             yield from _found(setup)
     except UserError as error:
         yield Finding("stopped", False, str(error), code=error.exit_code)

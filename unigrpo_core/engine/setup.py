@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from unigrpo_core.engine.allocator import keep_freed_memory
-from unigrpo_core.engine.faults import passes
+from unigrpo_core.engine.faults import blamed
 from unigrpo_core.engine.penalty import checked
 from unigrpo_core.engine.views import Denoising, View, build_views, denoising, drawing
 from unigrpo_core.errors import PluginError, UserError
@@ -27,7 +27,6 @@ from unigrpo_core.interfaces import (
     TokenRegularizer,
     Window,
 )
-from unigrpo_core.loading import said
 from unigrpo_core.plugin import Placement
 from unigrpo_core.recipe import Recipe, Resolved
 from unigrpo_core.recipe.scored import scored
@@ -248,12 +247,8 @@ def _optional(slot: Slot | None) -> Any:
 
 def _load(recipe: Recipe, policy: Policy, folder: Path) -> None:
     """Continues from another run's weights, which may be damaged in ways of their own."""
-    try:
+    with blamed(f"{recipe.policy.who}, loading {folder},"):
         policy.load(folder)
-    except BaseException as error:
-        if passes(error):
-            raise
-        raise PluginError(f"{recipe.policy.who} cannot load {folder}: {said(error)}") from error
 
 
 def _rewards(recipe: Recipe) -> tuple[tuple[NamedReward, ...], tuple[NamedReward, ...]]:
