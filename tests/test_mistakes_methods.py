@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import EntryPoint
 
 import pytest
 import tiny
 
 from unigrpo_core import cli
+from unigrpo_core.catalog import Catalog, collect
 
 CATALOG = tiny.catalog()
 PLUGIN = """\
@@ -111,3 +113,20 @@ def test_what_fails_is_named_with_its_line(run, slot, method, kind):
 def test_what_its_interface_does_not_allow_is_refused(run, slot, method, returned, message):
     told = run(slot, method, f"return {returned}")
     assert re.search(rf"'mine' of \S*unigrpo_plugins.py \S* returned .*{message}", told), told
+
+
+def test_what_fails_deep_in_a_package_is_its_components(monkeypatch, capsys, tmp_path, checkpoint):
+    package = tmp_path / "somebodys_clip"
+    package.mkdir()
+    text = PLUGIN.format(method="loss", fault="return deep.loss()", made=MADE["text.objective"])
+    (package / "__init__.py").write_text(f"from somebodys_clip import deep\n{text}")
+    (package / "deep.py").write_text("def loss():\n    raise ValueError('not today')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = collect([(EntryPoint("clip", "somebodys_clip", "unigrpo"), "somebodys-clip", "2.0")])
+    both = Catalog(CATALOG.components + theirs.components)
+    monkeypatch.setattr(cli.run, "load_catalog", lambda: both)
+    file = tiny.recipe_file(tmp_path, checkpoint)
+    argv = ["run", file, "--out", tmp_path / "out", "--set", "text.objective={use='mine'}"]
+    assert cli.main([*map(str, argv)]) == 3
+    told = capsys.readouterr().err
+    assert "text objective 'mine' of somebodys-clip 2.0 failed: ValueError: not today" in told

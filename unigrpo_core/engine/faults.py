@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from traceback import walk_tb
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from unigrpo_core.errors import PluginError, UserError
 from unigrpo_core.loading import file_of, said
+from unigrpo_core.plugin import Provider
 from unigrpo_core.recipe import Recipe
 from unigrpo_core.recipe.schema import slots
 
@@ -40,8 +43,8 @@ def told(recipe: Recipe) -> Iterator[None]:
 
     Raises:
         UserError: there is too little memory, on the device or here.
-        PluginError: a component of somebody else failed, which is the one whose file the error came
-            through last.
+        PluginError: a component of somebody else failed, which is the one whose file, or package,
+            the error came through last.
     """
     try:
         yield
@@ -81,11 +84,22 @@ def no_memory(error: BaseException) -> bool:
 
 
 def _whose(recipe: Recipe, error: BaseException) -> str:
-    """The component, or those of one file; empty if it is none of somebody else."""
-    files: dict[str, list[str]] = {}
-    for _, slot in slots(recipe):
-        if slot.component.distribution != OURS:
-            files.setdefault(file_of(slot.component.provider), []).append(slot.who)
+    """The component that a file belongs to, or those that it may belong to; empty if it is none of
+    somebody else."""
+    theirs = [slot for _, slot in slots(recipe) if slot.component.distribution != OURS]
+    files = [(slot.who, file_of(slot.component.provider)) for slot in theirs]
+    folders = [(slot.who, _package(slot.component.provider)) for slot in theirs]
     through = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
-    last = next((file for file in reversed(through) if file in files), None)
-    return "" if last is None else " or ".join(dict.fromkeys(files[last]))
+    for file in reversed(through):
+        exact = [who for who, own in files if own == file]
+        near = [who for who, folder in folders if folder and Path(file).is_relative_to(folder)]
+        if exact or near:
+            return " or ".join(dict.fromkeys(exact or near))
+    return ""
+
+
+def _package(provider: Provider) -> Path | None:
+    """The folder of the package that ``build`` stands in, if it is one."""
+    top = sys.modules.get(provider.build.__module__.partition(".")[0])
+    file = Path(getattr(top, "__file__", None) or "")
+    return file.parent if file.name == "__init__.py" else None
