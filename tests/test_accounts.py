@@ -24,7 +24,7 @@ from transformers import (
 from unigrpo_models.adapters import Adapters
 from unigrpo_models.causal.account import ACTIVATIONS as OF_TEXTS
 from unigrpo_models.causal.counted import Counted
-from unigrpo_models.causal.provider import PROJECTIONS
+from unigrpo_models.causal.options import PROJECTIONS
 from unigrpo_models.painters.account import ACTIVATIONS
 from unigrpo_models.painters.counted import FLUX, SANA, SD3, Tokens
 from unigrpo_models.targets import bind

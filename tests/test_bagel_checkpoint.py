@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save, save_file
 from tiny import catalog, recipe
 from unigrpo_models.bagel.config import BagelConfig
 from unigrpo_models.bagel.layout import FILES
+from unigrpo_models.bagel.options import BagelOptions
 from unigrpo_models.bagel.policy import load_bagel
-from unigrpo_models.bagel.provider import PROVIDER, BagelOptions, notes
+from unigrpo_models.bagel.provider import PROVIDER, notes
 from unigrpo_models.bagel.tokens import Codec
 
 from unigrpo_core.errors import UserError

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 from unigrpo_models.adapters import Lora
-from unigrpo_models.causal.provider import CausalOptions, build, notes
+from unigrpo_models.causal.options import CausalOptions
+from unigrpo_models.causal.provider import build, notes
 from unigrpo_models.causal.tokens import Style
 
 from unigrpo_core.errors import UserError

@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import nn
 from unigrpo_models.adapters import Lora
 from unigrpo_models.painters.folder import PipelineFolder, Shift
+from unigrpo_models.painters.options import SD3Options
 from unigrpo_models.painters.painter import Condition
 from unigrpo_models.painters.parts import Tokenizer
 from unigrpo_models.painters.policy import PainterPolicy
-from unigrpo_models.painters.provider import SD3Options
 from unigrpo_models.painters.sd3 import SD3Painter
 
 from gpu_checks.scales import Painted, Scale

@@ -15,7 +15,7 @@ from unigrpo_models.bagel.counted import Adapters
 from unigrpo_models.bagel.layout import CONFIG
 
 if TYPE_CHECKING:
-    from unigrpo_models.bagel.provider import BagelOptions
+    from unigrpo_models.bagel.options import BagelOptions
 
 
 def account(options: BagelOptions, load: Workload) -> Account:

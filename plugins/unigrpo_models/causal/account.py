@@ -25,7 +25,7 @@ from unigrpo_models.held import (
 from unigrpo_models.stored import stored_shapes
 
 if TYPE_CHECKING:
-    from unigrpo_models.causal.provider import CausalOptions
+    from unigrpo_models.causal.options import CausalOptions
 
 # Measured on Qwen2, Qwen3 and Llama of 128 numbers a token, which keep within a sixth of it.
 ACTIVATIONS: PerNumber = {(4, False): 4.7, (2, False): 3.2, (4, True): 4.2, (2, True): 2.4}

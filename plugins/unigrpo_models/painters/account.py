@@ -38,7 +38,7 @@ from unigrpo_models.painters.folder import (
 from unigrpo_models.stored import stored_shapes
 
 if TYPE_CHECKING:
-    from unigrpo_models.painters.provider import PainterOptions
+    from unigrpo_models.painters.options import PainterOptions
 
 ENCODERS = "text_encoder"
 # Measured on sd3, flux and sana of 128 numbers a token, which keep within a sixth of it.

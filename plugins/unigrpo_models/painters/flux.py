@@ -47,7 +47,7 @@ from unigrpo_models.painters.parts import (
 )
 
 if TYPE_CHECKING:
-    from unigrpo_models.painters.provider import FluxOptions
+    from unigrpo_models.painters.options import FluxOptions
 
 PATCH = 2
 GUIDANCE = 3.5

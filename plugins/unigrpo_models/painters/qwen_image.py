@@ -51,7 +51,7 @@ from unigrpo_models.painters.parts import (
 )
 
 if TYPE_CHECKING:
-    from unigrpo_models.painters.provider import QwenImageOptions
+    from unigrpo_models.painters.options import QwenImageOptions
 
 
 class QwenImagePainter(Painter):

@@ -45,7 +45,7 @@ from unigrpo_models.painters.parts import (
 )
 
 if TYPE_CHECKING:
-    from unigrpo_models.painters.provider import SanaOptions
+    from unigrpo_models.painters.options import SanaOptions
 
 
 class SanaPainter(Painter):

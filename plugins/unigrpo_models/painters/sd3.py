@@ -43,7 +43,7 @@ from unigrpo_models.painters.parts import (
 )
 
 if TYPE_CHECKING:
-    from unigrpo_models.painters.provider import SD3Options
+    from unigrpo_models.painters.options import SD3Options
 
 CLIPS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 T5 = ("tokenizer_3", "text_encoder_3")
