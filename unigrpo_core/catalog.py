@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
 
-from unigrpo_core.errors import PluginError, shown
+from unigrpo_core.errors import PluginError, did_you_mean, shown
 from unigrpo_core.loading import LoadError, PluginFile, options_fault, providers
 from unigrpo_core.plugin import Provider
 
@@ -110,7 +109,7 @@ class Catalog:
             exact = " or ".join(f'"{item.exact}"' for item in matches)
             raise PluginError(f"several plugins have a {label} called {name!r}; say {exact}")
         names = sorted({item.name for item in known})
-        hint = _near(bare, names) or f"; there are: {', '.join(names)}"
+        hint = did_you_mean(bare, names)
         absent = [f"\n  broken: {item}" for item in self.broken]
         absent += [f"\n  disabled: {item}" for item in self.disabled]
         raise PluginError(f"no {label} called {name!r}{hint}{''.join(absent)}")
@@ -213,7 +212,7 @@ def load_catalog() -> Catalog:
         catalog,
         warnings=tuple(
             f"{DISABLE} names {word!r}, which is no installed distribution of plugins"
-            f"{_near(word, known)}"
+            f"{did_you_mean(word, known)}"
             for key, word in named.items()
             if word and key not in seen
         ),
@@ -264,8 +263,3 @@ def _isolated(plugins: Iterable[tuple[Callable[[], object], str, str, str]]) -> 
         else:
             components.extend(Component(*item, distribution, version) for item in found)
     return Catalog(tuple(components), tuple(broken))
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    near = get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -6,6 +6,7 @@ Exit codes: 1 a run went wrong, 2 a recipe or the usage is wrong, 3 a plugin is 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -32,3 +33,14 @@ def shown(file: Path) -> str:
     """The file as people read it: relative to the working directory when it lies below."""
     relative = os.path.relpath(file)
     return str(file) if relative.startswith("..") else relative
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a message: the nearest known word, or all of them when none is near."""
+    from difflib import get_close_matches
+
+    lower = {name.lower(): name for name in known}
+    near = get_close_matches(word.lower(), lower, n=1)
+    if near:
+        return f"; did you mean {lower[near[0]]!r}?"
+    return f"; there are: {', '.join(known)}" if known else ""

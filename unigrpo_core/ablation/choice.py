@@ -10,8 +10,7 @@ from typing import Literal, Self
 
 from unigrpo_core.ablation.cells import Cell
 from unigrpo_core.ablation.runs import Run
-from unigrpo_core.errors import UsageError
-from unigrpo_core.recipe import did_you_mean
+from unigrpo_core.errors import UsageError, did_you_mean
 
 REFERENCE = "joint"
 

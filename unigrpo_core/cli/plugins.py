@@ -13,10 +13,10 @@ from pydantic.fields import FieldInfo
 from unigrpo_core.catalog import Catalog, Component, load_catalog
 from unigrpo_core.cli.installed import warned
 from unigrpo_core.cli.text import add_json, as_json, table
-from unigrpo_core.errors import UsageError
+from unigrpo_core.errors import UsageError, did_you_mean
 from unigrpo_core.loading import file_of
 from unigrpo_core.plugin import KINDS
-from unigrpo_core.recipe import did_you_mean, toml_value
+from unigrpo_core.recipe import toml_value
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction

@@ -2,7 +2,7 @@
 
 from unigrpo_core.recipe.beside import with_plugin_file
 from unigrpo_core.recipe.emit import inline as toml_value
-from unigrpo_core.recipe.problems import Origin, Problem, RecipeError, did_you_mean
+from unigrpo_core.recipe.problems import Origin, Problem, RecipeError
 from unigrpo_core.recipe.resolve import Resolved, difference, load_recipe, shipped_titles
 from unigrpo_core.recipe.schema import Recipe, slots
 from unigrpo_core.recipe.shipped import find_recipe, shipped_recipes
@@ -14,7 +14,6 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Resolved",
-    "did_you_mean",
     "difference",
     "find_recipe",
     "load_recipe",

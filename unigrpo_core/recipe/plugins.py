@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from unigrpo_core.catalog import Catalog, normal
+from unigrpo_core.errors import did_you_mean
 from unigrpo_core.recipe.positions import KeyPath
-from unigrpo_core.recipe.problems import Problem, did_you_mean
+from unigrpo_core.recipe.problems import Problem
 from unigrpo_core.recipe.source import Node, dotted
 
 

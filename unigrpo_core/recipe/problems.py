@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from unigrpo_core.errors import PluginError, UserError, shown
@@ -54,12 +53,3 @@ class RecipeError(UserError):
         plugins_only = all(problem.plugin for problem in problems)
         self.exit_code = PluginError.exit_code if plugins_only else 2
         super().__init__("\n".join(str(problem) for problem in self.problems))
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The end of a message: the nearest known word, or all of them when none is near."""
-    lower = {name.lower(): name for name in known}
-    near = get_close_matches(word.lower(), lower, n=1)
-    if near:
-        return f"; did you mean {lower[near[0]]!r}?"
-    return f"; there are: {', '.join(known)}" if known else ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unigrpo_core.recipe.problems import Origin, Problem, RecipeError, did_you_mean
+from unigrpo_core.errors import did_you_mean
+from unigrpo_core.recipe.problems import Origin, Problem, RecipeError
 
 
 def shipped_recipes() -> Path:

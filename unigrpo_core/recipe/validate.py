@@ -18,12 +18,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from unigrpo_core.catalog import Catalog, Component
-from unigrpo_core.errors import PluginError
+from unigrpo_core.errors import PluginError, did_you_mean
 from unigrpo_core.loading import said
 from unigrpo_core.plugin import Options
 from unigrpo_core.recipe.emit import inline
 from unigrpo_core.recipe.positions import KeyPath
-from unigrpo_core.recipe.problems import Problem, did_you_mean
+from unigrpo_core.recipe.problems import Problem
 from unigrpo_core.recipe.schema import Recipe
 from unigrpo_core.recipe.slots import Slot, Table
 from unigrpo_core.recipe.source import SET, Node, dotted

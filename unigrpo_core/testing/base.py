@@ -11,9 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from unigrpo_core.catalog import Catalog, Component, load_catalog
-from unigrpo_core.errors import PluginError
+from unigrpo_core.errors import PluginError, did_you_mean
 from unigrpo_core.plugin import Provider
-from unigrpo_core.recipe import did_you_mean
 from unigrpo_core.recipe.slots import Slot
 from unigrpo_core.testing.light import light_to_build, light_to_import
 from unigrpo_core.testing.watch import no_global_draws
