@@ -20,6 +20,12 @@ from unigrpo_core.records import Points
 
 TEXT_MEAN = {"float32": 1e-5, "bf16": 0.02}
 TEXT_MAX = {"float32": 1e-4, "bf16": math.inf}
+TEXT_RARE = 1e-3
+"""The share of a rollout's tokens, or one token, that may be beyond TEXT_MAX, up to TEXT_RARE_MAX:
+where a layer happens to be badly conditioned it amplifies rounding, and a long run meets such a
+token. Ten times the limit is still a two-hundredth of the text's clip."""
+
+TEXT_RARE_MAX = {"float32": 1e-3, "bf16": math.inf}
 IMAGE_MAX = 1e-6
 CLIP_SHARE = 0.05  # of the clip range: float32's image gap, and the trainer's own
 RADIUS_SHARE = 0.25  # of the clip radius: bf16's rms shift of the mean
@@ -33,6 +39,7 @@ class Gap:
     text_sum: float = 0.0
     text_count: int = 0
     text_max: float = 0.0
+    text_beyond: int = 0  # tokens beyond TEXT_MAX
     image_max: float = 0.0
     image_limit: float = math.inf
     radius_max: float = 0.0  # rms shift of the mean over the clip radius
@@ -46,6 +53,7 @@ class Gap:
         self.text_sum += float(difference.double().sum())
         self.text_count += difference.numel()
         self.text_max = _largest(self.text_max, difference)
+        self.text_beyond += int((difference > TEXT_MAX[self.precision]).sum())
 
     def image(self, objective: ImageObjective, points: Points, v: Tensor) -> None:
         """The trainer's guided velocities [B, K, *] against the stored transition means."""
@@ -73,6 +81,7 @@ class Gap:
         found: dict[str, float] = {}
         if self.text_count:
             found |= {"gap/text_mean": self.text_mean, "gap/text_max": self.text_max}
+            found["gap/text_beyond"] = float(self.text_beyond)
         if self.by_time:
             found |= {
                 "gap/image_log_ratio": self.image_max,
@@ -105,9 +114,11 @@ class Gap:
         )
 
     def _bounds(self) -> list[tuple[str, str, float, float]]:
+        rare = self.text_beyond <= max(1.0, TEXT_RARE * self.text_count)
+        text_max = (TEXT_RARE_MAX if rare else TEXT_MAX)[self.precision]
         bounds = [
             ("text", "mean |delta log p| of text", self.text_mean, TEXT_MEAN[self.precision]),
-            ("text", "max |delta log p| of text", self.text_max, TEXT_MAX[self.precision]),
+            ("text", "max |delta log p| of text", self.text_max, text_max),
             ("twice", "the trainer's own image log-ratio, twice,", self.own_max, self.own_limit),
         ]
         if self.precision == "float32":

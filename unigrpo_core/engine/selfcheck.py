@@ -123,6 +123,8 @@ def _gaps(setup: Setup, found: Experience, metrics: Mapping[str, float]) -> Iter
         figures = f"mean {mean:.1e} (at most {TEXT_MEAN[precision]:.0e}), max {most:.1e}"
         limit = TEXT_MAX[precision]
         figures += f" (at most {limit:.0e})" if limit < 1 else ""
+        beyond = metrics["gap/text_beyond"]
+        figures += f" but for {beyond:.0f} tokens, few enough for rounding" if beyond else ""
         yield Finding("text, sampler against trainer", True, figures)
     objective, points = setup.image_objective, found.data.points
     if objective is None or points is None or objective.fresh:
