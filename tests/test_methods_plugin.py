@@ -43,7 +43,12 @@ from pydantic import ValidationError
 from unigrpo_core.plugin import KINDS
 from unigrpo_methods import hooks
 
-required = {"flow_grpo": {"clip_range": 1e-6}, "fixed": {"steps": (0, 1)}}
+required = {
+    "flow_grpo": {"clip_range": 1e-6},
+    "tempflow": {"clip_range": 1e-6},
+    "fixed": {"steps": (0, 1)},
+    "dr_grpo": {"max_tokens": 8},
+}
 built = {}
 for hook in KINDS.values():
     for provider in getattr(hooks, hook, lambda: ())():
@@ -52,6 +57,7 @@ for hook in KINDS.values():
         except ValidationError:  # it has no default
             continue
         built[provider.name] = provider.build(options)
+assert required.keys() <= built.keys()
 assert built["flow_sde"].stochastic and not built["ode"].stochastic
 assert built["random"].count(8) == 3 and built["fixed"].count(8) == 2
 assert built["cfg"].branches == ("text",) and built["none"].branches == ()
